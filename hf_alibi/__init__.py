@@ -1,0 +1,39 @@
+"""ALiBi language models for Hugging Face Transformers; importing it registers them with the Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .alibi import alibi_bias, alibi_slopes
+from .configuration_alibi_gpt import AlibiGPTConfig
+from .modeling_alibi_gpt import (
+    AlibiGPTForCausalLM,
+    AlibiGPTForQuestionAnswering,
+    AlibiGPTForSequenceClassification,
+    AlibiGPTForTokenClassification,
+    AlibiGPTModel,
+    AlibiGPTPreTrainedModel,
+)
+from .version import __version__ as __version__
+
+AutoConfig.register(AlibiGPTConfig.model_type, AlibiGPTConfig)
+AutoModelForCausalLM.register(AlibiGPTConfig, AlibiGPTForCausalLM)
+AutoModelForSequenceClassification.register(AlibiGPTConfig, AlibiGPTForSequenceClassification)
+AutoModelForTokenClassification.register(AlibiGPTConfig, AlibiGPTForTokenClassification)
+AutoModelForQuestionAnswering.register(AlibiGPTConfig, AlibiGPTForQuestionAnswering)
+
+__all__ = [
+    "AlibiGPTConfig",
+    "AlibiGPTForCausalLM",
+    "AlibiGPTForQuestionAnswering",
+    "AlibiGPTForSequenceClassification",
+    "AlibiGPTForTokenClassification",
+    "AlibiGPTModel",
+    "AlibiGPTPreTrainedModel",
+    "alibi_bias",
+    "alibi_slopes",
+]

@@ -1,0 +1,99 @@
+"""The baseline of the comparison: the same model with sinusoidal position embeddings in place of ALiBi.
+
+Everything but the positions is shared, so that a difference in perplexity is a difference of the
+position method. Source: Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762), section 3.5.
+Importing this module registers the model with the Auto classes as `sinusoidal_gpt`.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from .configuration_alibi_gpt import AlibiGPTConfig
+from .modeling_alibi_gpt import AlibiGPTForCausalLM, AlibiGPTModel
+
+
+class SinusoidalGPTConfig(AlibiGPTConfig):
+    """Configuration of the baseline: an AlibiGPT without bias, every slope being zero."""
+
+    model_type = "sinusoidal_gpt"
+
+    @property
+    def slopes(self) -> list[float]:
+        """No penalty on distance."""
+        return [0.0] * self.num_attention_heads
+
+
+def sinusoidal_embeddings(position_ids: Tensor, hidden_size: int) -> Tensor:
+    """Returns sines and cosines of the positions, at wavelengths from 2 pi to 10,000 x 2 pi.
+
+    Args:
+        position_ids: `[batch, tokens]`, integers.
+        hidden_size: Width of an embedding, even.
+
+    Returns:
+        `[batch, tokens, hidden_size]`, float32, of root mean square sqrt(1/2).
+    """
+    half = torch.arange(hidden_size // 2, device=position_ids.device)
+    angles = position_ids[..., None] * torch.exp(half * (-math.log(10_000.0) / (hidden_size // 2)))
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class SinusoidalGPTModel(AlibiGPTModel):
+    """The decoder with positions added to the token embeddings.
+
+    Token embeddings start with the standard deviation `initializer_range` while a sinusoid has a root
+    mean square of sqrt(1/2). The sinusoids are therefore scaled to what tokens start with; unscaled,
+    they drown the tokens and training stalls.
+    """
+
+    config: SinusoidalGPTConfig
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """As in `AlibiGPTModel.forward`; `position_ids` also choose the sinusoids, counting from 0 by default."""
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        positions = position_ids
+        if positions is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            positions = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past)[None]
+        sinusoids = sinusoidal_embeddings(positions, self.config.hidden_size)
+        scale = self.config.initializer_range * math.sqrt(2)
+        return super().forward(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds + scale * sinusoids.to(inputs_embeds.dtype),
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+
+class SinusoidalGPTForCausalLM(AlibiGPTForCausalLM):
+    """The baseline's language model."""
+
+    config: SinusoidalGPTConfig
+
+    def __init__(self, config: SinusoidalGPTConfig) -> None:
+        super().__init__(config)
+        self.model = SinusoidalGPTModel(config)
+        self.post_init()
+
+
+AutoConfig.register(SinusoidalGPTConfig.model_type, SinusoidalGPTConfig)
+AutoModelForCausalLM.register(SinusoidalGPTConfig, SinusoidalGPTForCausalLM)

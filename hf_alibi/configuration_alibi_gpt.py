@@ -1,0 +1,141 @@
+"""The configuration of an AlibiGPT model: its shape, and the choices that change what it computes."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+from .alibi import alibi_slopes
+
+
+@strict
+class AlibiGPTConfig(PreTrainedConfig):
+    """Configuration of a decoder-only language model with ALiBi in place of position embeddings.
+
+    The defaults are the shape of the WikiText-103 models of Press et al. (arXiv 2108.12409, section 4),
+    with RMSNorm, QK-norm, squared ReLU, a tied head and no biases. LayerNorm, biases, GELU and a norm
+    after the embedding give the shapes of BLOOM and MPT.
+
+    Args:
+        vocab_size: Number of token embeddings.
+        hidden_size: Width of the residual stream.
+        num_hidden_layers: Number of decoder layers.
+        num_attention_heads: Number of query heads; each has a slope of its own.
+        num_key_value_heads: Number of key and value heads, a divisor of `num_attention_heads`; `None`
+            for one for each query head, 1 for multi-query attention.
+        head_dim: Width of a head; `None` for `hidden_size / num_attention_heads`.
+        intermediate_size: Width of the feed-forward layer; `None` for four times `hidden_size`.
+        hidden_act: Activation of the feed-forward layer, a name known to Transformers.
+        max_position_embeddings: Number of tokens in a training sequence. A record, never a limit.
+        alibi_max_bias: Steepness of the slopes; see `alibi_slopes`.
+        alibi_slopes: One positive slope for each query head; `None` for the paper's.
+        qk_norm: Whether queries and keys get an RMSNorm over `head_dim`, which bounds every score.
+        attention_bias: Whether the projections of the attention have biases.
+        mlp_bias: Whether the projections of the feed-forward layer have biases.
+        norm_type: `"rmsnorm"` or `"layernorm"`.
+        norm_bias: Whether LayerNorm has a bias; RMSNorm has none.
+        norm_eps: Added to the variance in every norm.
+        embedding_norm: Whether the embeddings pass a norm before the first layer (BLOOM).
+        hidden_dropout: Dropout of the embeddings and of what each layer adds to the residual stream.
+        attention_dropout: Dropout of the attention weights.
+        initializer_range: Standard deviation of the initial weights.
+        use_cache: Whether forward returns keys and values for generation.
+        tie_word_embeddings: Whether the output layer shares the embedding's weights.
+        pad_token_id: Padding token; its embedding starts at zero and is not trained.
+        bos_token_id: First token of a text.
+        eos_token_id: Token, or tokens, that end a text.
+
+    Raises:
+        ValueError: For values that no model can have; the message states them.
+    """
+
+    model_type = "alibi_gpt"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 50257
+    hidden_size: int = 1024
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    hidden_act: str = "relu2"
+    max_position_embeddings: int = 512
+    alibi_max_bias: int | float = 8.0
+    alibi_slopes: list[int | float] | tuple[int | float, ...] | None = None
+    qk_norm: bool = True
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_bias: bool = False
+    norm_eps: float = 1e-6
+    embedding_norm: bool = False
+    hidden_dropout: int | float = 0.0
+    attention_dropout: int | float = 0.0
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: object) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads > 0:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads; "
+                    "choose a multiple, or give head_dim."
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        super().__post_init__(**kwargs)
+
+    @property
+    def slopes(self) -> list[float]:
+        """The slope of every query head, in nats per token of distance."""
+        if self.alibi_slopes is None:
+            return alibi_slopes(self.num_attention_heads, self.alibi_max_bias)
+        return [float(slope) for slope in self.alibi_slopes]
+
+    def validate_architecture(self) -> None:
+        """Raises a `ValueError` that states the values if no model can have this shape."""
+        sizes = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+        sizes += ("intermediate_size", "max_position_embeddings", "alibi_max_bias", "norm_eps")
+        for name in sizes:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key-value heads "
+                "evenly; num_key_value_heads must divide num_attention_heads."
+            )
+        if len(self.slopes) != self.num_attention_heads:
+            raise ValueError(
+                f"alibi_slopes has {len(self.slopes)} values for {self.num_attention_heads} heads; give one for each."
+            )
+        if not all(0 < slope < float("inf") for slope in self.slopes):
+            raise ValueError(f"alibi_slopes must be positive and finite, got {self.slopes}.")
+        if self.norm_bias and self.norm_type == "rmsnorm":
+            raise ValueError("norm_bias=True needs norm_type='layernorm': RMSNorm has no bias.")
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
+
+
+__all__ = ["AlibiGPTConfig"]

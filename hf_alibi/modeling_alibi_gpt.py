@@ -1,0 +1,292 @@
+"""AlibiGPT: a decoder-only language model without position embeddings, in Transformers' conventions.
+
+Read downwards: attention, feed-forward layer, decoder layer, model, heads. What is particular to ALiBi
+is one call each in `AlibiGPTModel.forward` (`token_layout`: which keys each query sees, how far away)
+and in `AlibiGPTAttention.forward` (the attention implementation that adds the bias).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto import AutoModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
+from .configuration_alibi_gpt import AlibiGPTConfig
+from .layout import TokenLayout, token_layout
+
+
+def _norm(config: AlibiGPTConfig) -> nn.Module:
+    if config.norm_type == "rmsnorm":
+        return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+
+
+class AlibiGPTAttention(nn.Module):
+    """Causal self-attention with ALiBi, grouped key-value heads and optional QK-norm."""
+
+    def __init__(self, config: AlibiGPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: TokenLayout,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the output `[batch, queries, hidden_size]` and, from `eager`, the attention weights."""
+        input_shape = hidden_states.shape[:-1]
+        head_shape = (*input_shape, -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(head_shape)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(head_shape)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*input_shape, -1)), weights
+
+
+class AlibiGPTMLP(nn.Module):
+    """The feed-forward layer: up, activation, down."""
+
+    def __init__(self, config: AlibiGPTConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Maps `[..., hidden_size]` to the same shape."""
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class AlibiGPTDecoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward layer, each normed before and added to the residual stream after."""
+
+    def __init__(self, config: AlibiGPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = _norm(config)
+        self.self_attn = AlibiGPTAttention(config, layer_idx)
+        self.post_attention_layernorm = _norm(config)
+        self.mlp = AlibiGPTMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: TokenLayout,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Tensor:
+        """Maps `[batch, queries, hidden_size]` to the same shape."""
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), attention_mask, past_key_values, **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+
+class AlibiGPTPreTrainedModel(PreTrainedModel):
+    """Weights, saving and loading: what all AlibiGPT models share."""
+
+    config: AlibiGPTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["AlibiGPTDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": AlibiGPTDecoderLayer, "attentions": AlibiGPTAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, AlibiGPTDecoderLayer):
+            # Each layer adds to the residual stream twice; the sum of all keeps the variance of one.
+            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            init.normal_(module.self_attn.o_proj.weight, std=std)
+            init.normal_(module.mlp.down_proj.weight, std=std)
+
+
+class AlibiGPTModel(AlibiGPTPreTrainedModel):
+    """The decoder without a head: tokens in, hidden states out."""
+
+    def __init__(self, config: AlibiGPTConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embedding_norm = _norm(config) if config.embedding_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.layers = nn.ModuleList(AlibiGPTDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = _norm(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Runs the decoder.
+
+        Args:
+            input_ids: `[batch, queries]`, tokens. Exactly one of `input_ids` and `inputs_embeds`.
+            attention_mask: `[batch, tokens]` with 0 for padding, cached tokens included, or
+                `[batch, 1 or heads, queries, keys]`, boolean (True: visible) or added to the scores.
+            position_ids: `[batch, queries]`. Positions that restart at 0 start a new document, which
+                does not see the one before; otherwise only a four-dimensional mask needs them.
+            past_key_values: The cache of keys and values.
+            inputs_embeds: `[batch, queries, hidden_size]`, in place of `input_ids`.
+            use_cache: Whether to return the cache.
+
+        Returns:
+            The hidden states `[batch, queries, hidden_size]` after the last norm, and the cache.
+
+        Raises:
+            ValueError: If both or none of `input_ids` and `inputs_embeds` are given, or the mask does
+                not fit.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        dtype = torch.promote_types(inputs_embeds.dtype, torch.float32)
+        slopes = torch.tensor(self.config.slopes, dtype=dtype, device=inputs_embeds.device)
+        layout = token_layout(slopes, inputs_embeds, attention_mask, position_ids, past_key_values)
+        hidden_states = self.dropout(self.embedding_norm(inputs_embeds))
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask=layout, past_key_values=past_key_values, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, GenerationMixin):
+    """The language model: the decoder and an output layer over the vocabulary."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: AlibiGPTConfig) -> None:
+        super().__init__(config)
+        self.model = AlibiGPTModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Predicts the next token at every position; further arguments as in `AlibiGPTModel.forward`.
+
+        Args:
+            labels: `[batch, queries]`, the same tokens as `input_ids`, shifted here; -100 is not scored.
+            logits_to_keep: Number of last positions to compute logits for, 0 for all, or a 1D tensor of
+                positions.
+
+        Returns:
+            The logits `[batch, kept, vocab_size]`, the cache, and with `labels` the mean loss in nats
+            per scored token.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class AlibiGPTForSequenceClassification(GenericForSequenceClassification, AlibiGPTPreTrainedModel):
+    """The decoder and a linear layer that classifies a text from its last token."""
+
+
+class AlibiGPTForTokenClassification(GenericForTokenClassification, AlibiGPTPreTrainedModel):
+    """The decoder and a linear layer that classifies every token."""
+
+
+class AlibiGPTForQuestionAnswering(GenericForQuestionAnswering, AlibiGPTPreTrainedModel):
+    """The decoder and a linear layer that scores every token as start and end of the answer."""
+
+
+# The generic heads build their decoder through AutoModel, also where only this file has been loaded.
+AutoModel.register(AlibiGPTConfig, AlibiGPTModel)
+
+__all__ = [
+    "AlibiGPTForCausalLM",
+    "AlibiGPTForQuestionAnswering",
+    "AlibiGPTForSequenceClassification",
+    "AlibiGPTForTokenClassification",
+    "AlibiGPTModel",
+    "AlibiGPTPreTrainedModel",
+]
