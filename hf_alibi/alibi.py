@@ -85,7 +85,7 @@ def bias_view(line: Tensor, queries: int, keys: int, last: int) -> Tensor:
     at any length, with the memory of a line.
 
     Args:
-        line: `[heads, offsets]` from `causal_line`, contiguous.
+        line: `[heads, offsets]`, as `causal_line` returns it.
         queries: Number of queries.
         keys: Number of keys.
         last: Index into `line` of the last query against the first key, the corner of the view.
@@ -94,4 +94,4 @@ def bias_view(line: Tensor, queries: int, keys: int, last: int) -> Tensor:
         A read-only view `[1, heads, queries, keys]`; row r belongs to query `queries - 1 - r`.
     """
     heads, length = line.shape
-    return line.as_strided((1, heads, queries, keys), (heads * length, length, 1, 1), line.storage_offset() + last)
+    return line.as_strided((1, heads, queries, keys), (heads * length, length, 1, 1), last)

@@ -32,27 +32,28 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention from the formula, with scores and softmax in float32 or better.
+    """Attention from the formula, in float32 or better.
 
     Args:
-        module: The attention module; its `training` flag switches dropout.
+        module: The attention module, for `local_slopes`.
         query: `[batch, heads, queries, head_dim]`.
         key: `[batch, key_value_heads, keys, head_dim]`.
         value: `[batch, key_value_heads, keys, head_dim]`.
         attention_mask: Positions and visibility of the tokens.
         scaling: Factor of the scores before the bias is added.
-        dropout: Probability of dropping an attention weight.
+        dropout: Probability of dropping an attention weight; the caller passes 0 outside training.
 
     Returns:
         The output `[batch, queries, heads, head_dim]` and the weights `[batch, heads, queries, keys]`.
     """
     groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    dtype = value.dtype
     slopes = local_slopes(module, attention_mask.slopes, query.shape[1])
-    scores = query.to(slopes.dtype) @ key.to(slopes.dtype).transpose(2, 3) * scaling
-    weights = (scores + attention_mask.dense_bias(slopes)).softmax(-1).to(value.dtype)
-    weights = F.dropout(weights, dropout, module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
+    query, key, value = (states.to(slopes.dtype) for states in (query, key, value))
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * scaling + attention_mask.dense_bias(slopes)
+    weights = F.dropout(scores.softmax(-1), dropout)
+    return (weights @ value).to(dtype).transpose(1, 2).contiguous(), weights.to(dtype)
 
 
 def sdpa_attention_forward(
@@ -65,10 +66,7 @@ def sdpa_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention through PyTorch's fused kernels; arguments as in `eager_attention_forward`, no weights.
-
-    Dropout applies whenever it is above zero: the caller passes 0 outside training.
-    """
+    """Attention through PyTorch's fused kernels; arguments as in `eager_attention_forward`, but no weights."""
     layout = attention_mask
     slopes = local_slopes(module, layout.slopes, query.shape[1])
     device = query.device.type

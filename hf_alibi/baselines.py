@@ -88,6 +88,10 @@ class SinusoidalGPTForCausalLM(AlibiGPTForCausalLM):
     """The baseline's language model."""
 
     config: SinusoidalGPTConfig
+    _auto_map = {
+        "AutoConfig": "baselines.SinusoidalGPTConfig",
+        "AutoModelForCausalLM": "baselines.SinusoidalGPTForCausalLM",
+    }
 
     def __init__(self, config: SinusoidalGPTConfig) -> None:
         super().__init__(config)

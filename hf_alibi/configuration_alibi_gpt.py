@@ -3,6 +3,7 @@
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 from .alibi import alibi_slopes
@@ -46,10 +47,11 @@ class AlibiGPTConfig(PreTrainedConfig):
         eos_token_id: Token, or tokens, that end a text.
 
     Raises:
-        ValueError: For values that no model can have; the message states them.
+        ValueError, StrictDataclassError: For values that no model can have; the message states them.
     """
 
     model_type = "alibi_gpt"
+    _auto_class = "AutoConfig"
     keys_to_ignore_at_inference = ["past_key_values"]
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
@@ -114,23 +116,30 @@ class AlibiGPTConfig(PreTrainedConfig):
         return [float(slope) for slope in self.alibi_slopes]
 
     def validate_architecture(self) -> None:
-        """Raises a `ValueError` that states the values if no model can have this shape."""
+        """Checks that some model can have this shape.
+
+        Raises:
+            ValueError: If not; it states the values.
+        """
         sizes = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
         sizes += ("intermediate_size", "max_position_embeddings", "alibi_max_bias", "norm_eps")
         for name in sizes:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is not one of {', '.join(ACT2FN)}.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key-value heads "
                 "evenly; num_key_value_heads must divide num_attention_heads."
             )
-        if len(self.slopes) != self.num_attention_heads:
+        if self.alibi_slopes is not None and len(self.alibi_slopes) != self.num_attention_heads:
             raise ValueError(
-                f"alibi_slopes has {len(self.slopes)} values for {self.num_attention_heads} heads; give one for each."
+                f"alibi_slopes has {len(self.alibi_slopes)} values for {self.num_attention_heads} heads; "
+                "give one for each query head."
             )
-        if not all(0 < slope < float("inf") for slope in self.slopes):
-            raise ValueError(f"alibi_slopes must be positive and finite, got {self.slopes}.")
+        if not all(0 < slope < float("inf") for slope in self.alibi_slopes or []):
+            raise ValueError(f"alibi_slopes must be positive and finite, got {self.alibi_slopes}.")
         if self.norm_bias and self.norm_type == "rmsnorm":
             raise ValueError("norm_bias=True needs norm_type='layernorm': RMSNorm has no bias.")
         for name in ("hidden_dropout", "attention_dropout"):

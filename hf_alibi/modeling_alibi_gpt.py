@@ -6,8 +6,11 @@ and in `AlibiGPTAttention.forward` (the attention implementation that adds the b
 """
 
 import math
+import os
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -32,9 +35,17 @@ from .configuration_alibi_gpt import AlibiGPTConfig
 from .layout import TokenLayout, token_layout
 
 
+class AlibiGPTRMSNorm(nn.RMSNorm):
+    """RMSNorm with a gain that follows its input's dtype, which autocast may have lowered."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Maps `[..., size]` to the same shape, with root mean square 1 before the gain."""
+        return F.rms_norm(hidden_states, self.normalized_shape, self.weight.to(hidden_states.dtype), self.eps)
+
+
 def _norm(config: AlibiGPTConfig) -> nn.Module:
     if config.norm_type == "rmsnorm":
-        return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        return AlibiGPTRMSNorm(config.hidden_size, eps=config.norm_eps)
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
 
 
@@ -53,8 +64,8 @@ class AlibiGPTAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = AlibiGPTRMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = AlibiGPTRMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
         self,
@@ -135,6 +146,33 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": AlibiGPTDecoderLayer, "attentions": AlibiGPTAttention}
+    _auto_map = {
+        "AutoConfig": "configuration_alibi_gpt.AlibiGPTConfig",
+        "AutoModel": "modeling_alibi_gpt.AlibiGPTModel",
+        "AutoModelForCausalLM": "modeling_alibi_gpt.AlibiGPTForCausalLM",
+        "AutoModelForQuestionAnswering": "modeling_alibi_gpt.AlibiGPTForQuestionAnswering",
+        "AutoModelForSequenceClassification": "modeling_alibi_gpt.AlibiGPTForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_alibi_gpt.AlibiGPTForTokenClassification",
+    }
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Saves the model with its code, so that it also loads where this package is not installed.
+
+        There, `trust_remote_code=True` has the Auto classes read the code from the folder.
+        """
+        self.config.auto_map = dict(self._auto_map)
+        super().save_pretrained(save_directory, **kwargs)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None, past_key_values: Cache, **kwargs: Any) -> Tensor | None:
+        """Returns the mask that `generate` passes on with a static cache: the padding, at the cache's full length.
+
+        Distances follow from the padding, so a mask of queries times keys would lose them; and a mask of
+        constant size lets a compiled step serve the whole generation.
+        """
+        if attention_mask is None:
+            return None
+        return F.pad(attention_mask, (0, past_key_values.get_max_length() - attention_mask.shape[-1]))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -148,6 +186,8 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
 
 class AlibiGPTModel(AlibiGPTPreTrainedModel):
     """The decoder without a head: tokens in, hidden states out."""
+
+    _auto_class = "AutoModel"
 
     def __init__(self, config: AlibiGPTConfig) -> None:
         super().__init__(config)
@@ -209,6 +249,7 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
 class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, GenerationMixin):
     """The language model: the decoder and an output layer over the vocabulary."""
 
+    _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
@@ -270,17 +311,23 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, GenerationMixin):
 class AlibiGPTForSequenceClassification(GenericForSequenceClassification, AlibiGPTPreTrainedModel):
     """The decoder and a linear layer that classifies a text from its last token."""
 
+    _auto_class = "AutoModelForSequenceClassification"
+
 
 class AlibiGPTForTokenClassification(GenericForTokenClassification, AlibiGPTPreTrainedModel):
     """The decoder and a linear layer that classifies every token."""
+
+    _auto_class = "AutoModelForTokenClassification"
 
 
 class AlibiGPTForQuestionAnswering(GenericForQuestionAnswering, AlibiGPTPreTrainedModel):
     """The decoder and a linear layer that scores every token as start and end of the answer."""
 
+    _auto_class = "AutoModelForQuestionAnswering"
+
 
 # The generic heads build their decoder through AutoModel, also where only this file has been loaded.
-AutoModel.register(AlibiGPTConfig, AlibiGPTModel)
+AutoModel.register(AlibiGPTConfig, AlibiGPTModel, exist_ok=True)
 
 __all__ = [
     "AlibiGPTForCausalLM",

@@ -1,0 +1,27 @@
+"""Models small enough for tests, with weights large enough that attention matters."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM
+
+ModelFactory = Callable[..., AlibiGPTForCausalLM]
+
+
+@pytest.fixture
+def make_model() -> ModelFactory:
+    """A factory of models of two layers in evaluation mode; keyword arguments go to the config.
+
+    Freshly initialised weights hardly attend, and a model that ignores its bias would pass most tests;
+    these are ten times larger.
+    """
+
+    def make(**kwargs: object) -> AlibiGPTForCausalLM:
+        torch.manual_seed(0)
+        shape = {"vocab_size": 97, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6}
+        model = AlibiGPTForCausalLM(AlibiGPTConfig(initializer_range=0.2, **(shape | kwargs)))
+        return model.eval()
+
+    return make
