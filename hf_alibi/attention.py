@@ -116,9 +116,8 @@ def _segmented(
     )
     pieces, done = [], 0
     for start, end in segments:
-        pieces.append(query.new_zeros(1, heads, start - done, head_dim))
-        run = (states[:, :, start:end] for states in (query, key, value))
-        pieces.append(_causal(*run, slopes, scaling, dropout))
+        q, k, v = (states[:, :, start:end] for states in (query, key, value))
+        pieces += [query.new_zeros(1, heads, start - done, head_dim), _causal(q, k, v, slopes, scaling, dropout)]
         done = end
     pieces.append(query.new_zeros(1, heads, batch * num_queries - done, head_dim))
     output = torch.cat(pieces, dim=2)
@@ -158,7 +157,7 @@ def _kernel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: fl
     )
 
 
-def local_slopes(module: nn.Module, slopes: Tensor, num_heads: int) -> Tensor:
+def local_slopes(module: Any, slopes: Tensor, num_heads: int) -> Tensor:
     """Returns the slopes of the `num_heads` query heads that this tensor-parallel rank holds.
 
     Args:

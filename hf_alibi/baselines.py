@@ -6,14 +6,13 @@ Importing this module registers the model with the Auto classes as `sinusoidal_g
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
 
 from .configuration_alibi_gpt import AlibiGPTConfig
 from .modeling_alibi_gpt import AlibiGPTForCausalLM, AlibiGPTModel
@@ -63,16 +62,14 @@ class SinusoidalGPTModel(AlibiGPTModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """As in `AlibiGPTModel.forward`; `position_ids` also choose the sinusoids, counting from 0 by default."""
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        positions = position_ids
-        if positions is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            positions = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past)[None]
-        sinusoids = sinusoidal_embeddings(positions, self.config.hidden_size)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        slots = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past)[None]
+        sinusoids = sinusoidal_embeddings(slots if position_ids is None else position_ids, self.config.hidden_size)
         scale = self.config.initializer_range * math.sqrt(2)
         return super().forward(
             attention_mask=attention_mask,

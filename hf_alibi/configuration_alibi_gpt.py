@@ -8,6 +8,19 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .alibi import alibi_slopes
 
+POSITIVE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "max_position_embeddings",
+    "alibi_max_bias",
+    "norm_eps",
+)
+
 
 @strict
 class AlibiGPTConfig(PreTrainedConfig):
@@ -121,9 +134,7 @@ class AlibiGPTConfig(PreTrainedConfig):
         Raises:
             ValueError: If not; it states the values.
         """
-        sizes = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-        sizes += ("intermediate_size", "max_position_embeddings", "alibi_max_bias", "norm_eps")
-        for name in sizes:
+        for name in POSITIVE_FIELDS:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         if self.hidden_act not in ACT2FN:

@@ -137,7 +137,7 @@ def _custom_layout(
             f"{slots.shape[1]} queries and {keys.shape[1]} keys of this pass."
         )
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(f"An attention mask with four dimensions must be boolean or floating point, not {mask.dtype}.")
+        raise ValueError(f"An attention mask with four dimensions must be boolean or float, not {mask.dtype}.")
     if position_ids is not None:
         queries = position_ids.to(slots.device)
         keys = keys.repeat(queries.shape[0], 1).index_copy_(1, slots[0], queries)
@@ -185,4 +185,5 @@ def _segments(layout: TokenLayout, length: int) -> list[tuple[int, int]] | None:
 
     ends = real.clone()
     ends[:, :-1] &= ~real[:, 1:] | starts[:, 1:]
-    return list(zip(starts.flatten().nonzero()[:, 0].tolist(), (ends.flatten().nonzero()[:, 0] + 1).tolist(), strict=True))
+    bounds = [flags.flatten().nonzero()[:, 0].tolist() for flags in (starts, ends)]
+    return [(start, end + 1) for start, end in zip(*bounds, strict=True)]

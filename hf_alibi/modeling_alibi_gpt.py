@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, MaxLengthCriteria, StoppingCriteriaList
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -25,8 +25,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import AutoModel
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -72,7 +71,7 @@ class AlibiGPTAttention(nn.Module):
         hidden_states: Tensor,
         attention_mask: TokenLayout,
         past_key_values: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the output `[batch, queries, hidden_size]` and, from `eager`, the attention weights."""
         input_shape = hidden_states.shape[:-1]
@@ -127,7 +126,7 @@ class AlibiGPTDecoderLayer(GradientCheckpointingLayer):
         hidden_states: Tensor,
         attention_mask: TokenLayout,
         past_key_values: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> Tensor:
         """Maps `[batch, queries, hidden_size]` to the same shape."""
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), attention_mask, past_key_values, **kwargs)
@@ -155,16 +154,18 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
         "AutoModelForTokenClassification": "modeling_alibi_gpt.AlibiGPTForTokenClassification",
     }
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Saves the model with its code, so that it also loads where this package is not installed.
 
         There, `trust_remote_code=True` has the Auto classes read the code from the folder.
         """
         self.config.auto_map = dict(self._auto_map)
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor | None, past_key_values: Cache, **kwargs: Any) -> Tensor | None:
+    def create_masks_for_generate(
+        attention_mask: Tensor | None, past_key_values: Cache, **kwargs: Any
+    ) -> Tensor | None:
         """Returns the mask that `generate` passes on with a static cache: the padding, at the cache's full length.
 
         Distances follow from the padding, so a mask of queries times keys would lose them; and a mask of
@@ -209,7 +210,7 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Runs the decoder.
 
@@ -252,7 +253,7 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, GenerationMixin):
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # annotated too narrowly
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: AlibiGPTConfig) -> None:
@@ -272,7 +273,7 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Predicts the next token at every position; further arguments as in `AlibiGPTModel.forward`.
 
@@ -306,6 +307,20 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    # `generate` takes max_position_embeddings for a limit: it would cut its default length there, and warn beyond.
+
+    def _prepare_generated_length(self, generation_config: Any, has_default_max_length: bool, **kwargs: Any) -> Any:
+        if has_default_max_length and generation_config.max_new_tokens is None:
+            generation_config.max_new_tokens = generation_config.max_length
+        return super()._prepare_generated_length(generation_config, has_default_max_length, **kwargs)
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        for criterion in criteria:
+            if isinstance(criterion, MaxLengthCriteria):
+                criterion.max_position_embeddings = None
+        return criteria
 
 
 class AlibiGPTForSequenceClassification(GenericForSequenceClassification, AlibiGPTPreTrainedModel):

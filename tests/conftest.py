@@ -1,11 +1,14 @@
 """Models small enough for tests, with weights large enough that attention matters."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM
+
+torch.set_num_threads(1)  # tests are many tiny operations, which more threads only slow down
 
 ModelFactory = Callable[..., AlibiGPTForCausalLM]
 
@@ -18,9 +21,9 @@ def make_model() -> ModelFactory:
     these are ten times larger.
     """
 
-    def make(**kwargs: object) -> AlibiGPTForCausalLM:
+    def make(**kwargs: Any) -> AlibiGPTForCausalLM:
         torch.manual_seed(0)
-        shape = {"vocab_size": 97, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6}
+        shape: dict[str, Any] = {"vocab_size": 97, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6}
         model = AlibiGPTForCausalLM(AlibiGPTConfig(initializer_range=0.2, **(shape | kwargs)))
         return model.eval()
 

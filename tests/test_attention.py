@@ -17,7 +17,8 @@ from hf_alibi.attention import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
 from hf_alibi.layout import TokenLayout, token_layout
 
 BACKENDS = ["eager", "sdpa"]
-SHAPES = [(6, 6, 1), (6, 2, 63), (12, 12, 111), (20, 4, 63), (8, 1, 111), (6, 6, 1100)]  # heads, key-value heads, length
+# Query heads, key-value heads and length.
+SHAPES = [(6, 6, 1), (6, 2, 63), (12, 12, 111), (20, 4, 63), (8, 1, 111), (6, 6, 1100)]
 HEAD_DIM = 16
 SCALING = HEAD_DIM**-0.5
 
@@ -170,8 +171,10 @@ def test_a_mask_of_the_callers_own_decides_who_sees_whom(backend: str, kind: str
     visible = torch.rand(2, length, length).tril() > 0.3
     visible |= torch.eye(length, dtype=torch.bool)
     hidden = -math.inf if kind.endswith("infinity") else torch.finfo(torch.float64).min
-    mask = visible[:, None] if kind == "boolean" else torch.zeros(2, 1, length, length).double().masked_fill(
-        ~visible[:, None], hidden
+    mask = (
+        visible[:, None]
+        if kind == "boolean"
+        else torch.zeros(2, 1, length, length).double().masked_fill(~visible[:, None], hidden)
     )
     output = attend(backend, *inputs, layout_of(heads, 2, length, mask))
     expected = oracle.attention(*inputs, oracle.paper_slopes(heads), SCALING, visible)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ from hf_alibi.evaluation import (
     windows,
 )
 
-SHAPE = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "alibi": lambda: AlibiGPTConfig(**SHAPE, max_position_embeddings=16),
     "llama": lambda: LlamaConfig(**SHAPE, intermediate_size=48),
@@ -87,7 +88,7 @@ def expected_nats(model: PreTrainedModel, input_ids: Tensor, length: int, stride
     [(48, 16, 16), (53, 16, 16), (48, 16, 4), (53, 16, 7), (40, 16, 1), (16, 16, 3), (17, 16, 16), (5, 1, 1)],
 )
 def test_windows_score_each_target_once(num_targets: int, length: int, stride: int) -> None:
-    scored = []
+    scored: list[int] = []
     for start, num_scored in windows(num_targets, length, stride):
         assert 0 <= start <= num_targets - length
         assert 1 <= num_scored <= (stride if start else length)
@@ -246,7 +247,7 @@ def test_trainer_reports_perplexity_of_every_label_that_counts(tmp_path: Path) -
     rows = [random_stream(num_tokens).tolist() for num_tokens in (16, 16, 16, 9, 5)]  # ragged, in batches of two
     trainer = Trainer(
         model,
-        TrainingArguments(tmp_path, per_device_eval_batch_size=2, use_cpu=True, disable_tqdm=True),
+        TrainingArguments(str(tmp_path), per_device_eval_batch_size=2, use_cpu=True, disable_tqdm=True),
         data_collator=collate_blocks,
         eval_dataset=Dataset.from_dict({"input_ids": rows}),
         **trainer_metrics(tiny_tokenizer()),

@@ -1,6 +1,7 @@
 """The model: cached decoding equals the full forward, whatever the cache, the batch and the shape."""
 
 import copy
+import logging
 from pathlib import Path
 
 import pytest
@@ -156,7 +157,8 @@ def test_branches_of_a_tree_share_their_prefix(make_model: ModelFactory, backend
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=40)):
         model(prefix, past_key_values=cache)
         keys = torch.nn.functional.pad(mask[:, :, 20:], (0, 8 if isinstance(cache, StaticCache) else 0))
-        output = model(input_ids[:, 20:], attention_mask=keys, position_ids=position_ids[:, 20:], past_key_values=cache)
+        rest = {"attention_mask": keys, "position_ids": position_ids[:, 20:], "past_key_values": cache}
+        output = model(input_ids[:, 20:], **rest)
         assert_logits_close(output.logits, expected)
 
 
@@ -172,7 +174,7 @@ def test_generation_with_a_cache_equals_generation_without(make_model: ModelFact
     settings = {"attention_mask": left_padding(), "max_new_tokens": 20, "num_beams": num_beams, "pad_token_id": 0}
     cached = model.generate(tokens(), **settings)
     assert torch.equal(cached, model.generate(tokens(), use_cache=False, **settings))
-    assert torch.equal(cached, model.generate(tokens(), cache_implementation="static", disable_compile=True, **settings))
+    assert torch.equal(cached, model.generate(tokens(), cache_implementation="static", **settings))
 
 
 def test_generation_in_a_padded_batch_equals_generation_alone(make_model: ModelFactory) -> None:
@@ -187,6 +189,15 @@ def test_generation_in_a_padded_batch_equals_generation_alone(make_model: ModelF
 def test_nothing_happens_at_the_training_length(make_model: ModelFactory) -> None:
     short, unlimited = make_model(max_position_embeddings=16), make_model(max_position_embeddings=4096)
     assert torch.equal(short(tokens(1, 600)).logits, unlimited(tokens(1, 600)).logits)
+
+
+def test_generation_goes_on_past_the_training_length(
+    make_model: ModelFactory, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(max_position_embeddings=16)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    assert model.generate(tokens(1)).shape == (1, LENGTH + 20)
+    assert "exceeded" not in caplog.text
 
 
 @each_backend
