@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import ModelFactory
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -191,6 +192,20 @@ def test_collating_pads_and_masks_what_cannot_be_predicted() -> None:
     assert batch["labels"].tolist() == [[-100, 6, -100, 8, 9], [-100, 4, -100, -100, -100]]
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2], [0, 1, 0, 1, 2]]
     assert batch["input_ids"][1, :2].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("isolate_documents", [False, True], ids=["crossing", "isolated"])
+def test_padding_does_not_change_the_loss(
+    tokenizer: PreTrainedTokenizerBase, make_model: ModelFactory, isolate_documents: bool
+) -> None:
+    documents = Dataset.from_dict({"text": random_documents(0)})
+    blocks = list(pack(documents, tokenizer, 100, isolate_documents))[-3:]
+    assert len(blocks[-1]["input_ids"]) < 100
+    model = make_model(vocab_size=len(tokenizer))
+    with torch.no_grad():
+        together = model(**collate_blocks(blocks), num_items_in_batch=1).loss
+        alone = [model(**collate_blocks([block]), num_items_in_batch=1).loss for block in blocks]
+    torch.testing.assert_close(together, sum(alone))
 
 
 def test_a_text_file_is_one_document(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from conftest import ModelFactory
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from transformers import (
@@ -23,7 +24,6 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     TrainingArguments,
-    set_seed,
 )
 
 from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM
@@ -50,6 +50,15 @@ def rows(tmp_path: Path) -> str:
     texts = ["".join(f"line {line} of document {n}\n" for line in range(n % 7 + 1)) for n in range(100)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return str(path)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, make_model: ModelFactory) -> Path:
+    """A small AlibiGPT with a tokenizer of 300 tokens."""
+    folder = tmp_path / "checkpoint"
+    make_model(vocab_size=300).save_pretrained(folder)
+    train_tokenizer([Path(__file__).read_text()], 300).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -114,7 +123,7 @@ def test_resumed_run_ends_with_the_same_weights(
 
 @pytest.mark.slow
 def test_killed_run_resumes_to_the_same_weights(tmp_path: Path, rows: str) -> None:
-    arguments = [*TINY, "--train_file", rows, "--max_steps", "300", "--save_steps", "20", "--save_total_limit", "2"]
+    arguments = [*TINY, "--train_file", rows, "--max_steps", "100", "--save_steps", "10", "--save_total_limit", "2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command("--output_dir", str(whole), *arguments), env=environment(tmp_path), check=True)
     process = subprocess.Popen(command("--output_dir", str(killed), *arguments), env=environment(tmp_path))
@@ -141,35 +150,20 @@ def test_two_processes(tmp_path: Path, rows: str) -> None:
 def test_fine_tuning_starts_from_the_checkpoint(
     main: Callable[[list[str]], None], checkpoint: Path, rows: str, tmp_path: Path
 ) -> None:
-    start = ["--model_name_or_path", str(checkpoint), "--train_file", rows, "--block_size", "16", "--use_cpu"]
+    start = ["--model_name_or_path", str(checkpoint), "--train_file", rows, "--block_size", "16"]
     main(["--output_dir", str(tmp_path / "run"), *start, "--max_steps", "1", "--learning_rate", "0"])
     before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint, tmp_path / "run"))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small AlibiGPT with a tokenizer of 300 tokens."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = train_tokenizer([Path(__file__).read_text()], 300)
-    set_seed(0)
-    small_model(vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def small_model(vocab_size: int) -> AlibiGPTForCausalLM:
-    config = AlibiGPTConfig(vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
-    return AlibiGPTForCausalLM(config)
-
-
-def test_perplexity_of_isolated_documents_is_that_of_each_document_alone(tmp_path: Path) -> None:
+def test_perplexity_of_isolated_documents_is_that_of_each_document_alone(
+    tmp_path: Path, make_model: ModelFactory
+) -> None:
     texts = [f"document number {n} " * (n % 5 + 1) for n in range(20)]
     tokenizer = train_tokenizer(texts, 270)
     documents = Dataset.from_dict({"text": texts})
     blocks = pack(DatasetDict(train=documents, validation=documents), tokenizer, 10_000, isolate_documents=True)
-    set_seed(0)
-    model = small_model(len(tokenizer))
+    model = make_model(vocab_size=len(tokenizer))
     args = TrainingArguments(str(tmp_path / "run"), max_steps=1, learning_rate=0.0, use_cpu=True, disable_tqdm=True)
     metrics = train(model, tokenizer, blocks, args)
 
@@ -242,7 +236,7 @@ BAD_ARGUMENTS = {
     ),
     "another shape": (
         ["--model_name_or_path", "{checkpoint}", "--config_overrides", "hidden_size=64", "--train_file", "{rows}"],
-        "hidden_size is 32 in .*, and stays so",
+        "hidden_size is 96 in .*, and stays so",
     ),
     "unknown architecture": (["--model_type", "alibi", "--train_file", "{rows}"], "alibi"),
     "unknown field": (["--config_overrides", "width=64", "--train_file", "{rows}"], "has no field 'width'"),
@@ -254,9 +248,12 @@ BAD_ARGUMENTS = {
     "unknown argument": (["--trainfile", "x.txt"], "--trainfile"),
     "two sources": (["--train_file", "x.txt", "--dataset_name", "y"], "not both"),
     "validation alone": (["--validation_file", "x.txt"], "needs --train_file"),
+    "streaming the default": (["--streaming"], "needs --dataset_name or --train_file"),
     "endless streaming": (["--train_file", "{rows}", "--streaming"], "needs --max_steps"),
     "impossible training argument": (["--warmup_steps", "-1"], "warmup_steps >= 0"),
-    "block too short": (["--train_file", "{rows}", "--block_size", "1", *TINY[:4]], "at least 3"),
+    "unknown attention": (["--attn_implementation", "slow", "--train_file", "{rows}", *TINY], "slow"),
+    "unknown reporter": (["--report_to", "paper", "--train_file", "{rows}", *TINY], "paper is not supported"),
+    "block too short": (["--train_file", "{rows}", *TINY, "--block_size", "1"], "at least 3"),
 }
 
 
