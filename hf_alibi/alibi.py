@@ -77,7 +77,7 @@ def causal_line(slopes: Tensor, behind: int, ahead: int) -> Tensor:
     return torch.where(offsets <= 0, slopes[:, None] * offsets, -torch.inf)
 
 
-def bias_view(line: Tensor, queries: int, keys: int, last: int) -> Tensor:
+def bias_view(line: Tensor, heads: slice, queries: int, keys: int, corner: int) -> Tensor:
     """Returns the bias matrix of a run of queries, taken in reverse order, without storing it.
 
     The bias depends on j - i only. With the queries in reverse order, going down a row and going right
@@ -86,12 +86,14 @@ def bias_view(line: Tensor, queries: int, keys: int, last: int) -> Tensor:
 
     Args:
         line: `[heads, offsets]`, as `causal_line` returns it.
+        heads: Which heads.
         queries: Number of queries.
         keys: Number of keys.
-        last: Index into `line` of the last query against the first key, the corner of the view.
+        corner: Index into a row of `line` of the last query against the first key.
 
     Returns:
         A read-only view `[1, heads, queries, keys]`; row r belongs to query `queries - 1 - r`.
     """
-    heads, length = line.shape
-    return line.as_strided((1, heads, queries, keys), (heads * length, length, 1, 1), last)
+    length = line.shape[1]
+    shape = (1, heads.stop - heads.start, queries, keys)
+    return line.as_strided(shape, (line.numel(), length, 1, 1), heads.start * length + corner)

@@ -1,9 +1,9 @@
 """Attention with ALiBi, one signature for every implementation.
 
 `eager` is the reference: it writes out scores, bias and softmax, and returns the attention weights.
-`sdpa`, the default, calls PyTorch's fused kernels and never stores a bias of queries times keys: the
-bias is a view of one line (`alibi.bias_view`), taken in blocks of queries. Padded and packed batches are
-cut into the runs of tokens that see each other, which removes their masks altogether.
+`sdpa`, the default, calls PyTorch's fused kernels tile by tile (`tiles.py`) and never stores a bias of
+queries times keys. Padded and packed batches are cut into the runs of tokens that see each other, which
+removes their masks altogether.
 
 An implementation that is not in this file does not know ALiBi and is refused.
 """
@@ -13,17 +13,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
-from .alibi import bias_view, causal_line
 from .layout import TokenLayout
-
-QUERY_BLOCK = 512  # queries per kernel call: enough to fill it, few enough that half-hidden blocks cost little
+from .tiles import QUERY_BLOCK, causal_attention, kernel
+from .windows import head_windows, norm_bounds, qk_norm_bound
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -57,7 +56,7 @@ def eager_attention_forward(
 
 
 def sdpa_attention_forward(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -76,27 +75,33 @@ def sdpa_attention_forward(
     with torch.autocast(device, enabled=False):
         if layout.length is not None:
             key, value = key[:, :, : layout.length], value[:, :, : layout.length]
-            output = _causal(query, key, value, slopes, scaling, dropout)
+            windows = lossless_windows(module, query, key, slopes, scaling)
+            output = causal_attention(query, key, value, slopes, scaling, dropout, windows)
         elif layout.segments is not None:
-            output = _segmented(query, key, value, slopes, scaling, dropout, layout.segments)
+            windows = lossless_windows(module, query, key, slopes, scaling)
+            output = _segmented(query, key, value, slopes, scaling, dropout, windows, layout.segments)
         else:
             output = _masked(query, key, value, slopes, scaling, dropout, layout)
     return output.transpose(1, 2).contiguous(), None
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, scaling: float, dropout: float) -> Tensor:
-    """The queries are the last of the keys, and only the future is hidden."""
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    block = min(QUERY_BLOCK, num_queries)
-    line = causal_line(slopes, behind=num_keys - 1, ahead=block - 1)
-    backwards = query.flip(2)
-    outputs = []
-    for start in range(0, num_queries, block):
-        queries = backwards[:, :, start : start + block]
-        keys = num_keys - start
-        bias = bias_view(line, queries.shape[2], keys, last=start)
-        outputs.append(_kernel(queries, key[:, :, :keys], value[:, :, :keys], bias, scaling, dropout))
-    return torch.cat(outputs, dim=2).flip(2)
+def lossless_windows(module: Any, query: Tensor, key: Tensor, slopes: Tensor, scaling: float) -> list[int] | None:
+    """Returns how far back each query head needs to look, or `None` where looking at everything is as fast.
+
+    With QK-norm the windows follow from the module's weights, otherwise from the norms at hand, which are
+    worth their cost for many queries only.
+    """
+    tolerance = module.config.window_tolerance
+    is_short = key.shape[2] <= QUERY_BLOCK
+    if not tolerance or is_short or query.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    if module.config.qk_norm:
+        bounds = [qk_norm_bound(module.q_norm.weight, module.k_norm.weight)] * query.shape[1]
+    elif query.shape[2] >= QUERY_BLOCK:
+        bounds = norm_bounds(query, key, scaling)
+    else:
+        return None
+    return head_windows(slopes.tolist(), bounds, tolerance)
 
 
 def _segmented(
@@ -106,6 +111,7 @@ def _segmented(
     slopes: Tensor,
     scaling: float,
     dropout: float,
+    windows: list[int] | None,
     segments: list[tuple[int, int]],
 ) -> Tensor:
     """Every run of tokens attends by itself, as if it were alone; padding in between gets zeros."""
@@ -117,11 +123,11 @@ def _segmented(
     pieces, done = [], 0
     for start, end in segments:
         q, k, v = (states[:, :, start:end] for states in (query, key, value))
-        pieces += [query.new_zeros(1, heads, start - done, head_dim), _causal(q, k, v, slopes, scaling, dropout)]
+        run = causal_attention(q, k, v, slopes, scaling, dropout, windows)
+        pieces += [query.new_zeros(1, heads, start - done, head_dim), run]
         done = end
     pieces.append(query.new_zeros(1, heads, batch * num_queries - done, head_dim))
-    output = torch.cat(pieces, dim=2)
-    return output.reshape(heads, batch, num_queries, head_dim).transpose(0, 1)
+    return torch.cat(pieces, dim=2).reshape(heads, batch, num_queries, head_dim).transpose(0, 1)
 
 
 def _masked(
@@ -134,27 +140,12 @@ def _masked(
     layout: TokenLayout,
 ) -> Tensor:
     """Anything else: a stored bias, for one block of queries at a time."""
+    block = query.shape[2] if torch.compiler.is_exporting() else QUERY_BLOCK
     outputs = []
-    for start in range(0, query.shape[2], QUERY_BLOCK):
-        rows = slice(start, start + QUERY_BLOCK)
-        bias = layout.dense_bias(slopes, rows)
-        outputs.append(_kernel(query[:, :, rows], key, value, bias, scaling, dropout))
+    for start in range(0, query.shape[2], block):
+        rows = slice(start, start + block)
+        outputs.append(kernel(query[:, :, rows], key, value, layout.dense_bias(slopes, rows), scaling, dropout))
     return torch.cat(outputs, dim=2)
-
-
-def _kernel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float, dropout: float) -> Tensor:
-    if query.device.type != "cpu":
-        # Only the CPU's kernels read a bias of overlapping strides and of higher precision than the queries.
-        bias = bias.to(query.dtype, copy=True, memory_format=torch.contiguous_format)
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=bias.expand(query.shape[0], -1, -1, -1),
-        dropout_p=dropout,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
 
 
 def local_slopes(module: Any, slopes: Tensor, num_heads: int) -> Tensor:

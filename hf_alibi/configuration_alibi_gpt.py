@@ -43,6 +43,8 @@ class AlibiGPTConfig(PreTrainedConfig):
         max_position_embeddings: Number of tokens in a training sequence. A record, never a limit.
         alibi_max_bias: Steepness of the slopes; see `alibi_slopes`.
         alibi_slopes: One positive slope for each query head; `None` for the paper's.
+        window_tolerance: Fraction of the attention that a head may lose by leaving out keys too far away to
+            matter, see `windows.py`; the default is the rounding of float32. 0 looks at every key.
         qk_norm: Whether queries and keys get an RMSNorm over `head_dim`, which bounds every score.
         attention_bias: Whether the projections of the attention have biases.
         mlp_bias: Whether the projections of the feed-forward layer have biases.
@@ -91,6 +93,7 @@ class AlibiGPTConfig(PreTrainedConfig):
     max_position_embeddings: int = 512
     alibi_max_bias: int | float = 8.0
     alibi_slopes: list[int | float] | tuple[int | float, ...] | None = None
+    window_tolerance: int | float = 2.0**-24
     qk_norm: bool = True
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -153,7 +156,7 @@ class AlibiGPTConfig(PreTrainedConfig):
             raise ValueError(f"alibi_slopes must be positive and finite, got {self.alibi_slopes}.")
         if self.norm_bias and self.norm_type == "rmsnorm":
             raise ValueError("norm_bias=True needs norm_type='layernorm': RMSNorm has no bias.")
-        for name in ("hidden_dropout", "attention_dropout"):
+        for name in ("hidden_dropout", "attention_dropout", "window_tolerance"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
 

@@ -112,7 +112,8 @@ def token_layout(
     if attention_mask is not None and attention_mask.dim() == 4:
         return _custom_layout(slopes, slots, keys, attention_mask, position_ids)
     if attention_mask is None and position_ids is None:
-        length = None if isinstance(past, Tensor) else past + num_queries
+        unknown = isinstance(past, Tensor) or torch.compiler.is_exporting()
+        length = None if unknown else past + num_queries
         return TokenLayout(slopes, slots, keys, length=length)
 
     queries, key_mask, first = slots, None, None

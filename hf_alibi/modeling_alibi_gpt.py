@@ -310,13 +310,17 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, GenerationMixin):
 
     # `generate` takes max_position_embeddings for a limit: it would cut its default length there, and warn beyond.
 
-    def _prepare_generated_length(self, generation_config: Any, has_default_max_length: bool, **kwargs: Any) -> Any:
+    def _prepare_generated_length(  # type: ignore[override]
+        self, generation_config: Any, has_default_max_length: bool, **kwargs: Any
+    ) -> Any:
         if has_default_max_length and generation_config.max_new_tokens is None:
             generation_config.max_new_tokens = generation_config.max_length
-        return super()._prepare_generated_length(generation_config, has_default_max_length, **kwargs)
+        return super()._prepare_generated_length(  # type: ignore[misc]  # it asks for a protocol of Transformers' own
+            generation_config, has_default_max_length, **kwargs
+        )
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
-        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        criteria = super()._get_stopping_criteria(*args, **kwargs)  # type: ignore[misc]
         for criterion in criteria:
             if isinstance(criterion, MaxLengthCriteria):
                 criterion.max_position_embeddings = None

@@ -6,12 +6,14 @@ input.
 """
 
 import math
+from types import SimpleNamespace
 
 import oracle
 import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_alibi import AlibiGPTConfig
 from hf_alibi.alibi import alibi_slopes
 from hf_alibi.attention import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
 from hf_alibi.layout import TokenLayout, token_layout
@@ -40,10 +42,9 @@ def layout_of(
 
 
 def attend(backend: str, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout) -> Tensor:
-    module = nn.Module()
-    module.q_proj = nn.Linear(1, 1)
+    module = SimpleNamespace(q_proj=nn.Linear(1, 1), config=AlibiGPTConfig(window_tolerance=0))
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
-    output, weights = attention(module.eval(), query, key, value, layout, scaling=SCALING)
+    output, weights = attention(module, query, key, value, layout, scaling=SCALING)
     assert (weights is not None) == (backend == "eager")
     return output.transpose(1, 2)
 

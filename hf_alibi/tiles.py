@@ -1,0 +1,166 @@
+"""Causal ALiBi attention in tiles: exact, in linear memory, and only where a head has something to see.
+
+A tile is a block of queries of some heads against the keys that these can see. Its bias is a view of one
+line (`alibi.bias_view`), and a kernel of PyTorch's does the rest. Heads with a short window skip the keys
+beyond it, which makes them cost linear time.
+
+The kernels of PyTorch know no window, no bias in a line and no offset into a cache; going through them
+tile by tile needs none of that, forward or backward.
+"""
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .alibi import bias_view, causal_line
+
+QUERY_BLOCK = 512  # queries in a tile: enough to fill a kernel, few enough that its half-hidden keys cost little
+KEY_GRAIN = 128  # windows start at multiples of this, so that heads with similar ones share a tile
+
+
+class Tile(NamedTuple):
+    """A block of queries of some heads, and the keys they need."""
+
+    heads: slice
+    kv_heads: slice
+    queries: slice
+    keys: slice
+
+
+def tiles(query: Tensor, key: Tensor, windows: list[int] | None) -> Iterator[Tile]:
+    """Covers every query of every head once; the queries are the last of the keys.
+
+    Args:
+        query: `[batch, heads, queries, head_dim]`, for its shape.
+        key: `[batch, key_value_heads, keys, head_dim]`, for its shape.
+        windows: How far back each query head looks; `None`: to the first key.
+    """
+    heads, num_queries = query.shape[1:3]
+    kv_heads, num_keys = key.shape[1:3]
+    size = heads // kv_heads
+    past = num_keys - num_queries
+    reach = [num_keys] * kv_heads
+    if windows is not None:
+        reach = [max(windows[size * head : size * (head + 1)]) for head in range(kv_heads)]
+    for start in range(0, num_queries, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, num_queries)
+        first = [max(0, past + start - window) // KEY_GRAIN * KEY_GRAIN for window in reach]
+        for first_key, group in groupby(range(kv_heads), key=first.__getitem__):
+            begin, *_ = members = list(group)
+            kv = slice(begin, begin + len(members))
+            yield Tile(slice(size * kv.start, size * kv.stop), kv, slice(start, end), slice(first_key, past + end))
+
+
+def tile_bias(line: Tensor, tile: Tile, num_keys: int) -> Tensor:
+    """Returns the bias of a tile with its queries in reverse order, `[1, heads, queries, keys]`, as a view."""
+    num_queries, length = tile.queries.stop - tile.queries.start, tile.keys.stop - tile.keys.start
+    return bias_view(line, tile.heads, num_queries, length, corner=num_keys - length)
+
+
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slopes: Tensor,
+    scaling: float,
+    dropout: float,
+    windows: list[int] | None,
+) -> Tensor:
+    """Attention of queries that are the last of the keys, nothing but the future being hidden.
+
+    Args:
+        query: `[batch, heads, queries, head_dim]`.
+        key: `[batch, key_value_heads, keys, head_dim]`.
+        value: `[batch, key_value_heads, keys, head_dim]`.
+        slopes: `[heads]`.
+        scaling: Factor of the scores before the bias is added.
+        dropout: Probability of dropping an attention weight.
+        windows: How far back each query head looks; `None`: to the first key.
+
+    Returns:
+        `[batch, heads, queries, head_dim]`.
+    """
+    num_keys = key.shape[2]
+    line = causal_line(slopes, behind=num_keys - 1, ahead=min(QUERY_BLOCK, query.shape[2]) - 1)
+    if query.device.type == "cpu" and not dropout:
+        return _TiledAttention.apply(query, key, value, line, scaling, tuple(tiles(query, key, windows)))
+    outputs = []
+    for tile in tiles(query, key, windows=None):  # of all heads at once
+        q = query[:, :, tile.queries].flip(2)
+        k, v = key[:, :, tile.keys], value[:, :, tile.keys]
+        outputs.append(kernel(q, k, v, tile_bias(line, tile, num_keys), scaling, dropout).flip(2))
+    return torch.cat(outputs, dim=2)
+
+
+def kernel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float, dropout: float) -> Tensor:
+    """PyTorch's attention with a bias `[batch or 1, heads, queries, keys]`, of higher precision where it can be."""
+    if query.device.type != "cpu":
+        # Only the CPU's kernels read a bias of overlapping strides and of another dtype than the queries'.
+        bias = bias.to(query.dtype, copy=True, memory_format=torch.contiguous_format)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=bias.expand(query.shape[0], -1, -1, -1),
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+class _TiledAttention(torch.autograd.Function):
+    """The tiles through the CPU's flash kernel, with gradients summed in place.
+
+    Autograd by itself would hold a padded copy of all keys' gradients for every tile.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, line: Tensor, scaling: float, plan: tuple[Tile, ...]
+    ) -> Tensor:
+        batch, heads, num_queries, head_dim = query.shape
+        output = query.new_empty(batch, num_queries, heads, head_dim).transpose(1, 2)
+        logsumexp = line.new_empty(batch, heads, num_queries)
+        for tile in plan:
+            at = (slice(None), tile.heads, tile.queries)
+            k, v = (states[:, tile.kv_heads, tile.keys] for states in (key, value))
+            bias = tile_bias(line, tile, key.shape[2]).expand(batch, -1, -1, -1)
+            reverse, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query[at].flip(2), k, v, attn_mask=bias, scale=scaling
+            )
+            output[at] = reverse.flip(2)
+            logsumexp[at] = sums.flip(2)
+        ctx.save_for_backward(query, key, value, line, output, logsumexp)
+        ctx.scaling, ctx.plan = scaling, plan
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, line, output, logsumexp = ctx.saved_tensors
+        grad_query = torch.empty_like(query)
+        grad_key, grad_value = (torch.zeros_like(states, dtype=line.dtype) for states in (key, value))
+        for tile in ctx.plan:
+            at, kv = (slice(None), tile.heads, tile.queries), (slice(None), tile.kv_heads, tile.keys)
+            bias = tile_bias(line, tile, key.shape[2]).expand(len(query), -1, -1, -1)
+            dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad_output[at].flip(2),
+                query[at].flip(2),
+                key[kv],
+                value[kv],
+                output[at].flip(2),
+                logsumexp[at].flip(2),
+                0.0,
+                False,
+                attn_mask=bias,
+                scale=ctx.scaling,
+            )
+            grad_query[at] = dq.flip(2)
+            grad_key[kv] += dk
+            grad_value[kv] += dv
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None

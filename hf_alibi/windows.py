@@ -1,0 +1,111 @@
+"""Lossless head windows: the distance beyond which a head cannot see anything that a float would show.
+
+Let U bound the scores before the bias, |q_i . k_j| / sqrt(d) <= U. A key at distance n then weighs at most
+e^(U - m n), and the keys up to the query itself together at least e^(-U) times a geometric series in e^(-m).
+The keys further away than W therefore have at most the fraction
+
+    e^(2U - m (W + 1))
+
+of the softmax's mass, and leaving them out changes the output by at most twice that times max |v|. For a
+tolerance eps the fraction stays below eps from
+
+    W = ceil((2U + ln(1 / eps)) / m)
+
+on, which at eps = 2^-24, the rounding of float32, makes the window an exact rewriting for every practical
+purpose. The sum of all windows is a constant: attention costs linear time, however long the text.
+
+QK-norm gives U from the weights alone, before any data; without it, U follows from the norms at hand.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .configuration_alibi_gpt import AlibiGPTConfig
+
+
+def head_windows(slopes: Sequence[float], score_bounds: Sequence[float], tolerance: float) -> list[int]:
+    """Returns for every head the distance W beyond which keys may be left out.
+
+    Args:
+        slopes: One for each head, in nats per token.
+        score_bounds: U of every head, in nats.
+        tolerance: eps, the fraction of the softmax's mass that may be lost, above 0.
+    """
+    margin = math.log(1 / tolerance)
+    return [math.ceil((2 * bound + margin) / slope) for slope, bound in zip(slopes, score_bounds, strict=True)]
+
+
+def qk_norm_bound(query_gain: Tensor, key_gain: Tensor) -> float:
+    """Returns U for queries and keys out of an RMSNorm with these gains, by Cauchy and Schwarz.
+
+    Normed vectors have length sqrt(d), so their weighted product is at most d times the largest product of
+    gains, and U is that over sqrt(d). Rounded to bfloat16, queries, keys and gains may each exceed their
+    exact values by 2^-9, which 1% covers.
+
+    Args:
+        query_gain: `[head_dim]`.
+        key_gain: `[head_dim]`.
+    """
+    return 1.01 * math.sqrt(len(query_gain)) * (query_gain * key_gain).abs().max().item()
+
+
+def norm_bounds(query: Tensor, key: Tensor, scaling: float) -> list[float]:
+    """Returns U of every query head for the queries and keys at hand.
+
+    Args:
+        query: `[batch, heads, queries, head_dim]`.
+        key: `[batch, key_value_heads, keys, head_dim]`.
+        scaling: Factor of the scores.
+    """
+    longest_query, longest_key = (states.detach().float().norm(dim=-1).amax((0, 2)) for states in (query, key))
+    groups = len(longest_query) // len(longest_key)
+    return (longest_query * longest_key.repeat_interleave(groups) * scaling * (1 + 1e-6)).tolist()
+
+
+@dataclass(frozen=True)
+class WindowGuarantee:
+    """The windows of a model with QK-norm and unit gains, and what leaving out the rest can change.
+
+    Attributes:
+        slopes: Of every query head, in nats per token.
+        windows: Of every query head, in tokens.
+        score_bound: U, in nats.
+        tolerance: eps; outputs change by at most 2 eps max |v|.
+    """
+
+    slopes: list[float]
+    windows: list[int]
+    score_bound: float
+    tolerance: float
+
+    def __str__(self) -> str:
+        """A table of the windows, a line for each head, and the guarantee."""
+        rows = [f"{'head':>4}  {'slope':>10}  {'window':>10}"]
+        for head, (slope, window) in enumerate(zip(self.slopes, self.windows, strict=True)):
+            rows.append(f"{head:>4}  {slope:>10.3g}  {window:>10,}")
+        rows.append(f"together {sum(self.windows):,} keys a query, whatever the length of the text")
+        rows.append(
+            f"|score| <= {self.score_bound:.4g} nats; outputs change by at most {2 * self.tolerance:.3g} max|v|"
+        )
+        return "\n".join(rows)
+
+
+def window_guarantee(config: AlibiGPTConfig) -> WindowGuarantee:
+    """Returns the windows that a config promises before training has moved the gains of its QK-norm.
+
+    Raises:
+        ValueError: If the config has no QK-norm, where windows depend on the data, or switches windows off.
+    """
+    if not config.qk_norm or not config.window_tolerance:
+        raise ValueError(
+            "Windows known before any data need qk_norm=True and window_tolerance above 0, "
+            f"got {config.qk_norm} and {config.window_tolerance}."
+        )
+    gain = torch.ones(config.head_dim)
+    bound = qk_norm_bound(gain, gain)
+    windows = head_windows(config.slopes, [bound] * len(config.slopes), config.window_tolerance)
+    return WindowGuarantee(config.slopes, windows, bound, config.window_tolerance)
