@@ -88,6 +88,7 @@ def causal_attention(
     num_keys = key.shape[2]
     line = causal_line(slopes, behind=num_keys - 1, ahead=min(QUERY_BLOCK, query.shape[2]) - 1)
     if query.device.type == "cpu" and not dropout:
+        query, key, value = (_with_dense_rows(states) for states in (query, key, value))
         return _TiledAttention.apply(query, key, value, line, scaling, tuple(tiles(query, key, windows)))
     outputs = []
     for tile in tiles(query, key, windows=None):  # of all heads at once
@@ -111,6 +112,11 @@ def kernel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: flo
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+def _with_dense_rows(states: Tensor) -> Tensor:
+    """The kernel called below reads the last dimension at stride 1, and does not check."""
+    return states if states.stride(-1) == 1 else states.contiguous()
 
 
 class _TiledAttention(torch.autograd.Function):
@@ -143,6 +149,7 @@ class _TiledAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, line, output, logsumexp = ctx.saved_tensors
+        grad_output = _with_dense_rows(grad_output)
         grad_query = torch.empty_like(query)
         grad_key, grad_value = (torch.zeros_like(states, dtype=line.dtype) for states in (key, value))
         for tile in ctx.plan:

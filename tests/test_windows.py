@@ -1,0 +1,136 @@
+"""The head windows: the bound holds against adversarial input, is nearly reached, and changes no result."""
+
+import math
+
+import oracle
+import pytest
+import torch
+from conftest import ModelFactory
+from torch import Tensor
+from transformers import DynamicCache
+
+from hf_alibi import AlibiGPTConfig
+from hf_alibi.alibi import alibi_slopes
+from hf_alibi.tiles import causal_attention, tiles
+from hf_alibi.windows import head_windows, norm_bounds, qk_norm_bound, window_guarantee
+
+HEAD_DIM = 16
+SCALING = HEAD_DIM**-0.5
+
+
+def adversary(bound: float, heads: int, length: int, window: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """One query, the last; keys inside a head's window score -bound, those beyond +bound; values tell them apart."""
+    direction = torch.ones(HEAD_DIM, dtype=torch.float64) * math.sqrt(bound / SCALING / HEAD_DIM)
+    distance = torch.arange(length - 1, -1, -1)
+    far = torch.stack([torch.where(distance > w, 1.0, -1.0).double() for w in window])
+    query = direction.expand(1, heads, 1, HEAD_DIM)
+    key = far[None, :, :, None] * direction
+    return query, key, far[None, :, :, None].expand(1, heads, length, HEAD_DIM)
+
+
+def lost_fraction(query: Tensor, key: Tensor, slope: float, window: int) -> float:
+    """Fraction of the softmax's mass beyond the window, for one query and head."""
+    distance = torch.arange(key.shape[0] - 1, -1, -1).double()
+    weights = (key @ query * SCALING - slope * distance).softmax(0)
+    return weights[distance > window].sum().item()
+
+
+@pytest.mark.parametrize("tolerance", [2.0**-24, 1e-3])
+@pytest.mark.parametrize("bound", [0.5, 4.0])
+@pytest.mark.parametrize("heads", [6, 12])
+def test_the_bound_holds_and_is_nearly_reached(heads: int, bound: float, tolerance: float) -> None:
+    slopes = alibi_slopes(heads)
+    windows = head_windows(slopes, [bound] * heads, tolerance)
+    query, key, _ = adversary(bound, heads, 3 * max(windows), windows)
+    for head, (slope, window) in enumerate(zip(slopes, windows, strict=True)):
+        lost = lost_fraction(query[0, head, 0], key[0, head], slope, window)
+        assert lost <= tolerance
+        assert lost >= tolerance * math.exp(-2 * slope) / (1 + tolerance) * 0.99
+
+
+@pytest.mark.parametrize("kv_heads", [6, 2])
+def test_leaving_out_the_rest_changes_the_output_by_less_than_promised(kv_heads: int) -> None:
+    heads, bound, tolerance = 6, 2.0, 1e-4
+    windows = head_windows(alibi_slopes(heads), [bound] * heads, tolerance)
+    inputs = list(adversary(bound, heads, 3000, windows))
+    inputs[1:] = [states[:, :: heads // kv_heads] for states in inputs[1:]]
+    slopes = torch.tensor(alibi_slopes(heads), dtype=torch.float64)
+    assert any(tile.keys.start > 0 for tile in tiles(inputs[0], inputs[1], windows))
+    output = causal_attention(*inputs, slopes, SCALING, 0.0, windows)
+    expected = oracle.attention(*inputs, oracle.paper_slopes(heads), SCALING)
+    assert 0 < (output - expected).abs().max() <= 2 * tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=lambda d: str(d).split(".")[1])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(12, 12), (6, 2), (8, 1)])
+def test_windows_at_float_rounding_change_neither_output_nor_gradients(
+    heads: int, kv_heads: int, dtype: torch.dtype
+) -> None:
+    length, tolerance = 2300, 2.0**-24
+    torch.manual_seed(0)
+    shapes = [(1, heads, length, HEAD_DIM), (1, kv_heads, length, HEAD_DIM), (1, kv_heads, length, HEAD_DIM)]
+    inputs = [(torch.randn(shape, dtype=torch.float64) / 2).to(dtype).requires_grad_() for shape in shapes]
+    slopes = torch.tensor(alibi_slopes(heads), dtype=torch.promote_types(dtype, torch.float32))
+    windows = head_windows(slopes.tolist(), norm_bounds(inputs[0], inputs[1], SCALING), tolerance)
+    assert any(tile.keys.start > 0 for tile in tiles(inputs[0], inputs[1], windows)) or kv_heads == 1
+
+    expected = oracle.attention(*inputs, oracle.paper_slopes(heads), SCALING)
+    direction = torch.randn_like(expected)
+    true = torch.autograd.grad(expected, inputs, direction)
+    results = {}
+    for name, reach in (("windows", windows), ("everything", None)):
+        output = causal_attention(*inputs, slopes, SCALING, 0.0, reach)
+        gradients = torch.autograd.grad(output, inputs, direction.to(dtype))
+        pairs = zip((output, *gradients), (expected, *true), strict=True)
+        results[name] = torch.stack([(actual - exact).abs().max() / exact.abs().max() for actual, exact in pairs])
+    assert torch.all(results["windows"] <= 1.2 * results["everything"] + 2 * tolerance)
+
+
+def test_bounds_are_those_of_cauchy_and_schwarz() -> None:
+    torch.manual_seed(0)
+    gains = torch.rand(2, HEAD_DIM) * 3
+    query, key = (torch.nn.functional.rms_norm(torch.randn(2, 6, 111, HEAD_DIM), [HEAD_DIM], gain) for gain in gains)
+    scores = (query @ key.transpose(2, 3) * SCALING).abs().amax((0, 2, 3))
+    bounds = norm_bounds(query, key, SCALING)
+    assert torch.all(scores <= torch.tensor(bounds))
+    assert scores.max() <= qk_norm_bound(gains[0], gains[1])
+    reached = (gains[0] * gains[1]).max().item() * math.sqrt(HEAD_DIM)  # by vectors along that channel
+    assert qk_norm_bound(gains[0], gains[1]) == pytest.approx(reached, rel=0.011)
+
+
+def test_the_example_of_eight_heads() -> None:
+    guarantee = window_guarantee(AlibiGPTConfig(hidden_size=512, num_attention_heads=8))
+    unrounded = head_windows(alibi_slopes(8), [8.0] * 8, 2.0**-24)
+    assert unrounded == [66, 131, 262, 523, 1045, 2089, 4178, 8355]
+    for window, exact in zip(guarantee.windows, unrounded, strict=True):
+        assert exact <= window <= 1.006 * exact + 1
+    assert "window" in str(guarantee)
+    assert f"{guarantee.windows[-1]:,}" in str(guarantee)
+
+
+@pytest.mark.parametrize("values", [{"qk_norm": False}, {"window_tolerance": 0}])
+def test_no_promise_without_a_bound(values: dict) -> None:
+    with pytest.raises(ValueError, match="qk_norm=True and window_tolerance above 0"):
+        window_guarantee(AlibiGPTConfig(**values))
+
+
+@pytest.mark.parametrize("qk_norm", [True, False], ids=["qk-norm", "norms-at-hand"])
+def test_a_model_with_windows_gives_the_logits_of_one_without(make_model: ModelFactory, qk_norm: bool) -> None:
+    model = make_model(qk_norm=qk_norm, hidden_size=48)
+    if qk_norm:
+        for layer in model.model.layers:
+            for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
+                norm.weight.data = torch.linspace(0.2, 1.5, norm.weight.numel())
+    input_ids = torch.randint(3, 97, (1, 1800))
+    with torch.no_grad():
+        windowed = model(input_ids).logits
+        cache = DynamicCache(config=model.config)
+        model(input_ids[:, :1780], past_key_values=cache)
+        pieces = [model(input_ids[:, 1780:1795], past_key_values=cache).logits]
+        pieces += [model(input_ids[:, i : i + 1], past_key_values=cache).logits for i in range(1795, 1800)]
+        model.config.window_tolerance = 0
+        expected = model(input_ids).logits
+    scale = expected.abs().max().item()
+    assert not torch.equal(windowed, expected), "windows were not used"
+    torch.testing.assert_close(windowed, expected, rtol=0, atol=1e-5 * scale)
+    torch.testing.assert_close(torch.cat(pieces, 1), expected[:, 1780:], rtol=0, atol=1e-5 * scale)
