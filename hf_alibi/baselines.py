@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import Cache
@@ -18,10 +19,12 @@ from .configuration_alibi_gpt import AlibiGPTConfig
 from .modeling_alibi_gpt import AlibiGPTForCausalLM, AlibiGPTModel
 
 
+@strict
 class SinusoidalGPTConfig(AlibiGPTConfig):
-    """Configuration of the baseline: an AlibiGPT without bias, every slope being zero."""
+    """Configuration of the baseline: an AlibiGPT without bias, every slope being zero, hence without windows."""
 
     model_type = "sinusoidal_gpt"
+    window_tolerance: int | float = 0.0
 
     @property
     def slopes(self) -> list[float]:
