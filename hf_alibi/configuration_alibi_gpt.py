@@ -43,6 +43,7 @@ class AlibiGPTConfig(PreTrainedConfig):
         max_position_embeddings: Number of tokens in a training sequence. A record, never a limit.
         alibi_max_bias: Steepness of the slopes; see `alibi_slopes`.
         alibi_slopes: One positive slope for each query head; `None` for the paper's.
+        alibi_slopes_trainable: Whether the slopes are learned, starting from these, by all layers together.
         window_tolerance: Fraction of the attention that a head may lose by leaving out keys too far away to
             matter, see `windows.py`; the default is the rounding of float32. 0 looks at every key.
         qk_norm: Whether queries and keys get an RMSNorm over `head_dim`, which bounds every score.
@@ -93,6 +94,7 @@ class AlibiGPTConfig(PreTrainedConfig):
     max_position_embeddings: int = 512
     alibi_max_bias: int | float = 8.0
     alibi_slopes: list[int | float] | tuple[int | float, ...] | None = None
+    alibi_slopes_trainable: bool = False
     window_tolerance: int | float = 2.0**-24
     qk_norm: bool = True
     attention_bias: bool = False

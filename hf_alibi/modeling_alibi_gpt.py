@@ -144,6 +144,7 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = ["bias_log_slopes"]
     _can_record_outputs = {"hidden_states": AlibiGPTDecoderLayer, "attentions": AlibiGPTAttention}
     _auto_map = {
         "AutoConfig": "configuration_alibi_gpt.AlibiGPTConfig",
@@ -183,6 +184,8 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.self_attn.o_proj.weight, std=std)
             init.normal_(module.mlp.down_proj.weight, std=std)
+        elif isinstance(module, AlibiGPTModel) and self.config.alibi_slopes_trainable:
+            init.copy_(module.bias_log_slopes, torch.tensor(self.config.slopes).log())
 
 
 class AlibiGPTModel(AlibiGPTPreTrainedModel):
@@ -197,6 +200,9 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList(AlibiGPTDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = _norm(config)
+        if config.alibi_slopes_trainable:
+            # Logarithms keep slopes positive; "bias" in the name keeps weight decay away.
+            self.bias_log_slopes = nn.Parameter(torch.empty(config.num_attention_heads))
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -238,13 +244,20 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        dtype = torch.promote_types(inputs_embeds.dtype, torch.float32)
-        slopes = torch.tensor(self.config.slopes, dtype=dtype, device=inputs_embeds.device)
-        layout = token_layout(slopes, inputs_embeds, attention_mask, position_ids, past_key_values)
+        layout = token_layout(
+            self._slopes(inputs_embeds), inputs_embeds, attention_mask, position_ids, past_key_values
+        )
         hidden_states = self.dropout(self.embedding_norm(inputs_embeds))
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask=layout, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _slopes(self, inputs_embeds: Tensor) -> Tensor:
+        """The slopes `[heads]` in float32 or better, which no cast of the weights can round."""
+        dtype = torch.promote_types(inputs_embeds.dtype, torch.float32)
+        if self.config.alibi_slopes_trainable:
+            return self.bias_log_slopes.to(dtype).exp()
+        return torch.tensor(self.config.slopes, dtype=dtype, device=inputs_embeds.device)
 
 
 class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, GenerationMixin):

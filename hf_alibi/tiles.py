@@ -85,11 +85,14 @@ def causal_attention(
     Returns:
         `[batch, heads, queries, head_dim]`.
     """
-    num_keys = key.shape[2]
+    num_keys, head_dim = key.shape[2:]
     line = causal_line(slopes, behind=num_keys - 1, ahead=min(QUERY_BLOCK, query.shape[2]) - 1)
     if query.device.type == "cpu" and not dropout:
+        if slopes.requires_grad:
+            query, key, value = _with_slope_column(query, key, value, slopes, scaling)
         query, key, value = (_with_dense_rows(states) for states in (query, key, value))
-        return _TiledAttention.apply(query, key, value, line, scaling, tuple(tiles(query, key, windows)))
+        plan = tuple(tiles(query, key, windows))
+        return _TiledAttention.apply(query, key, value, line.detach(), scaling, plan)[..., :head_dim]
     outputs = []
     for tile in tiles(query, key, windows=None):  # of all heads at once
         q = query[:, :, tile.queries].flip(2)
@@ -112,6 +115,22 @@ def kernel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: flo
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+def _with_slope_column(
+    query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds a column that changes no score and yet carries the gradient of trainable slopes.
+
+    The bias m (j - i) has the derivative j - i in m, and what is constant in a row, such as i, is without
+    effect on a softmax. A column of exact zeros in the queries, whose derivative in m is 1, against the
+    positions j in the keys gives that; the kernel's gradient for queries does the sum.
+    """
+    zero = (slopes - slopes.detach())[None, :, None, None].to(query.dtype) / scaling
+    positions = torch.arange(1 - key.shape[2], 1, device=key.device, dtype=key.dtype)[:, None]
+    columns = zero.expand(*query.shape[:3], 1), positions.expand(*key.shape[:3], 1), value[..., :1] * 0
+    query, key, value = (torch.cat(pair, -1) for pair in zip((query, key, value), columns, strict=True))
+    return query, key, value
 
 
 def _with_dense_rows(states: Tensor) -> Tensor:

@@ -75,6 +75,28 @@ def test_forward_and_gradients_equal_the_oracle_in_float64(
         torch.testing.assert_close(gradient, true, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize(
+    "mask", [None, torch.ones(2, 1100).index_fill(1, torch.tensor([0, 1]), 0)], ids=["", "padded"]
+)
+@pytest.mark.parametrize(("heads", "kv_heads", "length"), [(6, 2, 63), (12, 12, 111), (6, 6, 1100)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_trainable_slopes_equal_the_oracle(
+    backend: str, heads: int, kv_heads: int, length: int, mask: Tensor | None
+) -> None:
+    inputs = states(heads, kv_heads, length, length)
+    slopes = torch.tensor(alibi_slopes(heads), dtype=torch.float64, requires_grad=True)
+    layout = layout_of(heads, 2, length, None if mask is None else mask[:, :length])._replace(slopes=slopes)
+    output = attend(backend, *inputs, layout)
+    visible = None if mask is None else (mask[:, None, :length] > 0).expand(-1, length, -1)
+    true_slopes = [slope.clone().detach().requires_grad_() for slope in slopes]
+    expected = oracle.attention(*inputs, true_slopes, SCALING, visible)
+    direction = torch.randn_like(expected)
+    direction[:, :, :2] = 0  # rows of padding
+    (gradient,) = torch.autograd.grad(output, slopes, direction)
+    true = torch.stack(torch.autograd.grad(expected, true_slopes, direction))
+    torch.testing.assert_close(gradient, true, rtol=1e-10, atol=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d).split(".")[1])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_row_is_as_accurate_as_a_dense_relative_bias(backend: str, dtype: torch.dtype) -> None:

@@ -253,6 +253,20 @@ def test_gradient_checkpointing_changes_no_gradient(make_model: ModelFactory) ->
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+def test_trainable_slopes_learn_and_are_saved(make_model: ModelFactory, tmp_path: Path) -> None:
+    fixed, model = make_model(), make_model(alibi_slopes_trainable=True)
+    model.load_state_dict(fixed.state_dict(), strict=False)
+    assert_logits_close(model(tokens()).logits, fixed(tokens()).logits)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(tokens(), labels=tokens()).loss.backward()
+    optimizer.step()
+    learned = model.model.bias_log_slopes.exp()
+    assert not torch.allclose(learned, torch.tensor(fixed.config.slopes), rtol=1e-4)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(loaded.model.bias_log_slopes.exp(), learned)
+
+
 @pytest.mark.parametrize("logits_to_keep", [1, 5, torch.tensor([3, 60])], ids=["last", "last-five", "chosen"])
 def test_logits_to_keep(make_model: ModelFactory, logits_to_keep: int | Tensor) -> None:
     model = make_model()
