@@ -2,6 +2,7 @@
 
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -21,6 +22,7 @@ from .modeling_alibi_gpt import (
 from .version import __version__ as __version__
 
 AutoConfig.register(AlibiGPTConfig.model_type, AlibiGPTConfig)
+AutoModel.register(AlibiGPTConfig, AlibiGPTModel)
 AutoModelForCausalLM.register(AlibiGPTConfig, AlibiGPTForCausalLM)
 AutoModelForSequenceClassification.register(AlibiGPTConfig, AlibiGPTForSequenceClassification)
 AutoModelForTokenClassification.register(AlibiGPTConfig, AlibiGPTForTokenClassification)

@@ -340,26 +340,32 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, GenerationMixin):
         return criteria
 
 
-class AlibiGPTForSequenceClassification(GenericForSequenceClassification, AlibiGPTPreTrainedModel):
+class AlibiGPTHead(AlibiGPTPreTrainedModel):
+    """A model with one of Transformers' generic heads, which build their decoder through `AutoModel`."""
+
+    def __init__(self, config: AlibiGPTConfig) -> None:
+        super().__init__(config)
+        # A config loaded with the code of a folder has a class of its own, which AutoModel does not know yet.
+        AutoModel.register(type(config), AlibiGPTModel, exist_ok=True)
+
+
+class AlibiGPTForSequenceClassification(GenericForSequenceClassification, AlibiGPTHead):
     """The decoder and a linear layer that classifies a text from its last token."""
 
     _auto_class = "AutoModelForSequenceClassification"
 
 
-class AlibiGPTForTokenClassification(GenericForTokenClassification, AlibiGPTPreTrainedModel):
+class AlibiGPTForTokenClassification(GenericForTokenClassification, AlibiGPTHead):
     """The decoder and a linear layer that classifies every token."""
 
     _auto_class = "AutoModelForTokenClassification"
 
 
-class AlibiGPTForQuestionAnswering(GenericForQuestionAnswering, AlibiGPTPreTrainedModel):
+class AlibiGPTForQuestionAnswering(GenericForQuestionAnswering, AlibiGPTHead):
     """The decoder and a linear layer that scores every token as start and end of the answer."""
 
     _auto_class = "AutoModelForQuestionAnswering"
 
-
-# The generic heads build their decoder through AutoModel, also where only this file has been loaded.
-AutoModel.register(AlibiGPTConfig, AlibiGPTModel, exist_ok=True)
 
 __all__ = [
     "AlibiGPTForCausalLM",

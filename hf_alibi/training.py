@@ -26,6 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .data import collate_blocks
 from .errors import UserError
 from .evaluation import trainer_metrics
+from .hub import publish
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,9 @@ def train(
     checkpoint: str | None = None,
 ) -> dict[str, float]:
     """Train `model` on ``blocks["train"]``, save it with its tokenizer, and evaluate it on ``blocks["validation"]``.
+
+    With ``args.push_to_hub``, Trainer uploads its checkpoints, and in the end `hf_alibi.hub.publish` the model with
+    its card, without the pickle that Trainer leaves.
 
     Args:
         blocks: what `hf_alibi.data.pack` makes of a corpus. A split ``validation`` is optional.
@@ -76,11 +80,21 @@ def train(
     model.config.use_cache = True  # Trainer turns the KV cache off, and would save that with the model
     trainer.save_model()
     trainer.save_state()
+    if trainer.is_world_process_zero():  # Trainer's own copy is a pickle, which nothing here reads
+        (Path(str(args.output_dir)) / "training_args.json").write_text(args.to_json_string())
     if "validation" in blocks:
         metrics["eval"] = trainer.evaluate()
     for split, values in metrics.items():
         trainer.log_metrics(split, values)
         trainer.save_metrics(split, values)
+    if args.push_to_hub and trainer.is_world_process_zero():
+        publish(
+            str(args.output_dir),
+            trainer.hub_model_id,
+            private=bool(args.hub_private_repo),
+            revision=args.hub_revision,
+            token=args.hub_token,
+        )
     return {name: value for values in metrics.values() for name, value in values.items()}
 
 
