@@ -77,12 +77,12 @@ class SinusoidalGPTModel(AlibiGPTModel):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         slots = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past)[None]
         sinusoids = sinusoidal_embeddings(slots if position_ids is None else position_ids, self.config.hidden_size)
-        inputs_embeds = F.rms_norm(inputs_embeds, [self.config.hidden_size])
+        tokens = F.rms_norm(inputs_embeds, [self.config.hidden_size])
         return super().forward(
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds + SINUSOID_SCALE * sinusoids.to(inputs_embeds.dtype),
+            inputs_embeds=tokens + SINUSOID_SCALE * sinusoids.to(tokens.dtype),
             use_cache=use_cache,
             **kwargs,
         )

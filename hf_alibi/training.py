@@ -90,7 +90,7 @@ def train(
     if args.push_to_hub and trainer.is_world_process_zero():
         publish(
             str(args.output_dir),
-            trainer.hub_model_id,
+            str(trainer.hub_model_id),
             private=bool(args.hub_private_repo),
             revision=args.hub_revision,
             token=args.hub_token,
