@@ -3,7 +3,7 @@
 `eager` is the reference: it writes out scores, bias and softmax, and returns the attention weights.
 `sdpa`, the default, calls PyTorch's fused kernels tile by tile (`tiles.py`) and never stores a bias of
 queries times keys. Padded and packed batches are cut into the runs of tokens that see each other, which
-removes their masks altogether.
+removes their masks altogether. `flex_attention` (`flex.py`) and `flash_attention_2` (`flash.py`) are for GPUs.
 
 An implementation that is not in this file does not know ALiBi and is refused.
 """
@@ -14,8 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 from transformers.modeling_utils import AttentionInterface
 
+from .flash import alibi_flash_attention
+from .flex import alibi_flex_attention
 from .layout import TokenLayout
 from .tiles import QUERY_BLOCK, causal_attention, kernel
 from .windows import head_windows, norm_bounds, qk_norm_bound
@@ -69,20 +72,88 @@ def sdpa_attention_forward(
     layout = attention_mask
     slopes = local_slopes(module, layout.slopes, query.shape[1])
     device = query.device.type
-    if torch.is_autocast_enabled(device):
-        query, key, value = (states.to(torch.get_autocast_dtype(device)) for states in (query, key, value))
+    query, key, value = _prepared(query, key, value, layout)
+    windows = None
+    if device == "cpu" and (layout.length is not None or layout.segments is not None):  # tiles need them there
+        windows = lossless_windows(module, query, key, slopes, scaling)
     # Autocast would round the bias to the low precision of the queries.
     with torch.autocast(device, enabled=False):
         if layout.length is not None:
-            key, value = key[:, :, : layout.length], value[:, :, : layout.length]
-            windows = lossless_windows(module, query, key, slopes, scaling)
             output = causal_attention(query, key, value, slopes, scaling, dropout, windows)
         elif layout.segments is not None:
-            windows = lossless_windows(module, query, key, slopes, scaling)
             output = _segmented(query, key, value, slopes, scaling, dropout, windows, layout.segments)
         else:
             output = _masked(query, key, value, slopes, scaling, dropout, layout)
     return output.transpose(1, 2).contiguous(), None
+
+
+def flex_attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: TokenLayout,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention through FlexAttention; arguments as in `eager_attention_forward`, but no weights.
+
+    Raises:
+        ValueError: For dropout, for float64, and if the weights are asked for.
+        NotImplementedError: If gradients are needed on the CPU.
+    """
+    _refuse_weights("flex_attention", **kwargs)
+    if dropout:
+        raise ValueError(f"flex_attention has no dropout, got attention_dropout={dropout}; use 0, or sdpa.")
+    slopes = local_slopes(module, attention_mask.slopes, query.shape[1])
+    query, key, value = _prepared(query, key, value, attention_mask)
+    windows = None
+    if query.shape[2] >= QUERY_BLOCK:  # a few queries are not worth waiting for the windows
+        windows = lossless_windows(module, query, key, slopes, scaling)
+    with torch.autocast(query.device.type, enabled=False):
+        output = alibi_flex_attention(query, key, value, slopes, scaling, attention_mask, windows)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def flash_attention_2_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: TokenLayout,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention through FlashAttention 2; arguments as in `eager_attention_forward`, but no weights.
+
+    Raises:
+        ValueError: For float32 and float64, a mask of queries times keys, slopes that are trained, and if the
+            weights are asked for.
+    """
+    _refuse_weights("flash_attention_2", **kwargs)
+    slopes = local_slopes(module, attention_mask.slopes, query.shape[1])
+    query, key, value = _prepared(query, key, value, attention_mask)
+    (flash, flash_varlen, *_), _ = lazy_import_flash_attention(module.config._attn_implementation)
+    return alibi_flash_attention(
+        query, key, value, slopes, scaling, dropout, attention_mask, flash, flash_varlen
+    ), None
+
+
+def _refuse_weights(attn_implementation: str, output_attentions: bool | None = None, **kwargs: Any) -> None:
+    if output_attentions:
+        raise ValueError(f"{attn_implementation} computes no attention weights to output; use eager.")
+
+
+def _prepared(query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the states in the dtype that autocast asks for, without the room that a static cache has left."""
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        query, key, value = (states.to(torch.get_autocast_dtype(device)) for states in (query, key, value))
+    if layout.length is not None:
+        key, value = key[:, :, : layout.length], value[:, :, : layout.length]
+    return query, key, value
 
 
 def lossless_windows(module: Any, query: Tensor, key: Tensor, slopes: Tensor, scaling: float) -> list[int] | None:
@@ -93,7 +164,7 @@ def lossless_windows(module: Any, query: Tensor, key: Tensor, slopes: Tensor, sc
     """
     tolerance = module.config.window_tolerance
     is_short = key.shape[2] <= QUERY_BLOCK
-    if not tolerance or is_short or query.device.type != "cpu" or torch.compiler.is_compiling():
+    if not tolerance or is_short or torch.compiler.is_compiling():
         return None
     if module.config.qk_norm:
         bounds = [qk_norm_bound(module.q_norm.weight, module.k_norm.weight)] * query.shape[1]
@@ -167,7 +238,14 @@ def local_slopes(module: Any, slopes: Tensor, num_heads: int) -> Tensor:
 class AlibiAttentionInterface(AttentionInterface):
     """The implementations that know ALiBi, by name; Transformers' own would drop the bias."""
 
-    _global_mapping = {"eager": eager_attention_forward, "sdpa": sdpa_attention_forward}
+    _global_mapping = {
+        "eager": eager_attention_forward,
+        "sdpa": sdpa_attention_forward,
+        "flex_attention": flex_attention_forward,
+        "flash_attention_2": flash_attention_2_forward,
+        # What Transformers takes for flash_attention_2 where the package is missing and `kernels` is installed.
+        "kernels-community/flash-attn2": flash_attention_2_forward,
+    }
 
     def get_interface(self, attn_implementation: str, default: Callable) -> Callable:
         """Returns the implementation of that name.

@@ -9,7 +9,7 @@ decide the distances.
 `token_layout` is called once per forward pass; every attention implementation works from its result.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class TokenLayout(NamedTuple):
             queries are then the last of the first `length` keys. `None`: more is hidden.
         segments: Runs `(start, end)` of the flattened batch `[batch * queries]`, each of which attends
             causally within itself and nowhere else; `None`: no such runs. Tokens outside are padding.
+        shared: Where attention implementations keep what they work out once for all layers of the pass;
+            `None`: nowhere.
     """
 
     slopes: Tensor
@@ -43,6 +45,7 @@ class TokenLayout(NamedTuple):
     mask: Tensor | None = None
     length: int | None = None
     segments: list[tuple[int, int]] | None = None
+    shared: dict[Any, Any] | None = None
 
     def visible(self, rows: slice = slice(None)) -> Tensor:
         """Returns which keys the queries in `rows` see, `[batch or 1, 1, rows, keys]`, without `mask`."""
@@ -114,7 +117,7 @@ def token_layout(
     if attention_mask is None and position_ids is None:
         unknown = isinstance(past, Tensor) or torch.compiler.is_exporting()
         length = None if unknown else past + num_queries
-        return TokenLayout(slopes, slots, keys, length=length)
+        return TokenLayout(slopes, slots, keys, length=length, shared={})
 
     queries, key_mask, first = slots, None, None
     if attention_mask is not None:
@@ -123,7 +126,7 @@ def token_layout(
         queries = keys.gather(1, slots.expand(batch, -1))
     if position_ids is not None:
         first = (queries - position_ids.to(device)).expand(batch, -1)
-    layout = TokenLayout(slopes, queries, keys, first, key_mask)
+    layout = TokenLayout(slopes, queries, keys, first, key_mask, shared={})
     if tracing:
         return layout
     return _simplified(layout, past, past + num_queries)

@@ -31,6 +31,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
 from .configuration_alibi_gpt import AlibiGPTConfig
+from .flash import HOW_TO_GET_FLASH_ATTENTION
 from .layout import TokenLayout, token_layout
 
 
@@ -143,6 +144,8 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["AlibiGPTDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = True
     _can_compile_fullgraph = True
     _keep_in_fp32_modules_strict = ["bias_log_slopes"]
     _can_record_outputs = {"hidden_states": AlibiGPTDecoderLayer, "attentions": AlibiGPTAttention}
@@ -162,6 +165,15 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
         """
         self.config.auto_map = dict(self._auto_map)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        """Refuses an implementation that does not know ALiBi, or is not installed, before any weight is loaded."""
+        if attn_implementation is not None:
+            ALL_ATTENTION_FUNCTIONS.get_interface(attn_implementation, eager_attention_forward)
+        try:
+            return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+        except ImportError as error:
+            raise ImportError(f"{error} {HOW_TO_GET_FLASH_ATTENTION}") from error
 
     @staticmethod
     def create_masks_for_generate(

@@ -1,0 +1,223 @@
+"""FlexAttention with ALiBi: the bias as a modification of the scores, hidden keys as blocks that are skipped.
+
+A query sees the keys from the start of its document up to itself. For every block of queries and block of keys
+this tells whether they are hidden from each other, visible as a whole, or visible in part; the kernel gets lists
+of the latter two, and looks at single keys only in the last. The lists of whole blocks go from near to far, so
+that a head's window does no more than cut them short: what comes after n whole blocks is at least n blocks away.
+
+The lists are made once for all layers of a forward pass, and the kernel is compiled once for all lengths. It runs
+forward on CPUs and GPUs, backward on GPUs.
+
+Source: Dong et al., "Flex Attention: A Programming Model for Generating Optimized Attention Kernels"
+(arXiv 2412.05496).
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from .layout import TokenLayout
+
+BLOCK = 128  # queries or keys in a block
+FAR = 2**30  # further than any position
+
+
+class Visibility(NamedTuple):
+    """What all layers of a forward pass share: distances, and which keys each query sees."""
+
+    distance: Callable[[Tensor, Tensor, Tensor], Tensor]
+    mask: BlockMask
+
+
+def alibi_flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slopes: Tensor,
+    scaling: float,
+    layout: TokenLayout,
+    windows: list[int] | None,
+) -> Tensor:
+    """Attention through FlexAttention.
+
+    Args:
+        query: `[batch, heads, queries, head_dim]`, float32, bfloat16 or float16.
+        key: `[batch, key_value_heads, keys, head_dim]`; if `layout.length` is set, no more keys than that.
+        value: `[batch, key_value_heads, keys, head_dim]`.
+        slopes: `[heads]`.
+        scaling: Factor of the scores before the bias is added.
+        layout: Positions and visibility of the tokens.
+        windows: How far back each query head looks; `None`: to the first key.
+
+    Returns:
+        `[batch, heads, queries, head_dim]`; queries that see nothing get zeros, unless `layout.mask` hides the keys.
+
+    Raises:
+        ValueError: For float64.
+        NotImplementedError: If gradients are needed on the CPU.
+    """
+    if query.dtype == torch.float64:
+        raise ValueError("flex_attention has no kernel for torch.float64; use sdpa or eager.")
+    needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, slopes))
+    if needs_gradients and query.device.type == "cpu":
+        raise NotImplementedError(
+            "flex_attention has no backward pass on the CPU; call the model under torch.no_grad(), or use sdpa."
+        )
+    mask, biased = _bias(query, key, slopes, layout, windows)
+    attend: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+    return attend(
+        query,
+        key,
+        value,
+        score_mod=biased,
+        block_mask=mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+        # The kernel for short queries fails where many heads share keys; a single query needs it most.
+        kernel_options={"BACKEND": "TRITON"} if query.shape[2] > 1 else None,
+    )
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., Any]:
+    """FlexAttention, compiled anew only for what differs in kind: dtype, one query or several, padding, gradients.
+
+    Dynamo's usual limit would allow for too few kinds; beyond it, the call raises.
+    """
+    return torch.compile(  # type: ignore[call-overload]  # its overloads lack recompile_limit
+        flex_attention, dynamic=True, fullgraph=True, recompile_limit=64
+    )
+
+
+def _bias(
+    query: Tensor, key: Tensor, slopes: Tensor, layout: TokenLayout, windows: list[int] | None
+) -> tuple[BlockMask | None, Callable[..., Tensor]]:
+    """Returns which blocks to compute, and the function that adds the bias to a score."""
+    if layout.mask is not None:
+        bias = _lookup(layout.dense_bias(slopes).expand(len(query), -1, -1, -1))
+        return None, lambda score, b, h, q, k: score + bias(b, h, q, k)
+
+    shared = {} if layout.shared is None else layout.shared
+    if None not in shared:
+        shared[None] = _visibility(layout, len(query), query.shape[2], key.shape[2])
+    distance, mask = shared[None]
+    if windows is not None:
+        limits = tuple(min(window // BLOCK + 1, mask.kv_indices.shape[-1]) for window in windows)
+        if limits not in shared:
+            shared[limits] = _cut_short(mask, limits)
+        mask = shared[limits]
+    slope = _lookup(slopes)
+    return mask, lambda score, b, h, q, k: score - slope(h) * distance(b, q, k)
+
+
+def _visibility(layout: TokenLayout, batch: int, num_queries: int, num_keys: int) -> Visibility:
+    """Works out distances and blocks, from slots alone if nothing but the future is hidden."""
+    device = layout.keys.device
+    if layout.length is not None:
+        keys = torch.arange(num_keys, dtype=torch.int32, device=device)[None]
+        queries = keys[:, num_keys - num_queries :]
+        past = torch.full((), num_keys - num_queries, dtype=torch.int32, device=device)
+        mask = _block_mask(queries, keys, torch.zeros_like(queries), lambda b, h, q, k: k <= q + past)
+        return Visibility(lambda b, q, k: q + past - k, mask)
+
+    queries, keys = layout.queries.int(), layout.keys.int()
+    # Padding has the position of the token before it. As a query it sees nothing, lest it count as distance.
+    repeats = torch.diff(queries, prepend=queries[:, :1] - 1) == 0
+    queries = queries.masked_fill(repeats, -FAR).expand(batch, -1)
+    if layout.key_mask is not None:
+        keys = keys.masked_fill(~layout.key_mask, FAR)
+    keys = keys.expand(batch, -1)
+    lowest = torch.zeros_like(queries) if layout.first is None else layout.first.clamp(min=0).int()
+    position, other, start = _lookup(queries), _lookup(keys), _lookup(lowest)
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (other(b, k) <= position(b, q)) & (other(b, k) >= start(b, q))
+
+    mask = _block_mask(queries, keys, lowest, visible)
+    return Visibility(lambda b, q, k: position(b, q) - other(b, k), mask)
+
+
+def _lookup(table: Tensor) -> Callable[..., Tensor]:
+    """Returns a function from indices, one for each dimension, to an element of `table`."""
+    if table.device.type != "cpu":
+        return lambda *index: table[index]
+    # The CPU's template corrupts the names of sizes in the code that it generates, some of the time. This takes an
+    # element without any mention of a size: strides are tensors, and an index that is masked is not checked.
+    flat = table.flatten()
+    strides = [torch.tensor(stride) for stride in table.contiguous().stride()]
+
+    def element(*index: Tensor) -> Tensor:
+        offset = sum(i * stride for i, stride in zip(index, strides, strict=True))
+        return torch.ops.aten._unsafe_masked_index(flat, index[-1] >= 0, [offset], 0)
+
+    return element
+
+
+def _block_mask(queries: Tensor, keys: Tensor, lowest: Tensor, visible: Callable[..., Tensor]) -> BlockMask:
+    """Lists the blocks of keys that each block of queries needs, and the other way round.
+
+    Args:
+        queries: `[batch or 1, queries]`, positions; -FAR: sees nothing.
+        keys: `[batch or 1, keys]`, positions; FAR: hidden from all.
+        lowest: `[batch or 1, queries]`, the lowest position that the query sees.
+        visible: Says of a single query and key whether they see each other.
+    """
+    first_key, last_key = _extremes(keys, FAR)
+    _, last_real_key = _extremes(keys.masked_fill(keys == FAR, -FAR), -FAR)
+    first_query, last_query = (x.mT for x in _extremes(queries, -FAR))
+    first_lowest, last_lowest = (x.mT for x in _extremes(lowest, FAR))
+    needed = (first_key <= last_query) & (last_real_key >= first_lowest)
+    whole = (last_key <= first_query) & (first_key >= last_lowest)
+    partial = needed & ~whole
+    return BlockMask(
+        (queries.shape[1], keys.shape[1]),
+        *_listed(partial),
+        *_listed(whole, descending=True),
+        *_listed(partial.mT),
+        *_listed(whole.mT),
+        BLOCK_SIZE=(BLOCK, BLOCK),
+        mask_mod=visible,
+    )
+
+
+def _extremes(positions: Tensor, fill: int) -> tuple[Tensor, Tensor]:
+    """Returns lowest and highest position of each block, `[batch, 1, 1, blocks]`; `fill` completes the last one."""
+    num_blocks = max(2, -(-positions.shape[1] // BLOCK))  # the compiler would take a size of 1 for a constant
+    padded = F.pad(positions, (0, num_blocks * BLOCK - positions.shape[1]), value=fill)
+    lowest, highest = padded.view(len(positions), 1, 1, num_blocks, BLOCK).aminmax(dim=-1)
+    return lowest, highest
+
+
+def _listed(blocks: Tensor, descending: bool = False) -> tuple[Tensor, Tensor]:
+    """Returns how many blocks of each row are set, and which: those first, in the order asked for."""
+    last = blocks.shape[-1] - 1
+    order = torch.argsort(blocks.flip(-1).int() if descending else blocks.int(), dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32), (last - order if descending else order).int()
+
+
+def _cut_short(mask: BlockMask, limits: tuple[int, ...]) -> BlockMask:
+    """Returns the mask of every head, of whose whole blocks only the nearest `limits[head]` are left."""
+    limit = torch.tensor(limits, dtype=torch.int32, device=mask.kv_indices.device)[:, None]
+
+    def for_heads(lists: Tensor | None) -> Tensor:
+        assert lists is not None
+        return lists.expand(-1, len(limits), *lists.shape[2:]).contiguous()
+
+    return BlockMask(
+        mask.seq_lengths,
+        for_heads(mask.kv_num_blocks),
+        for_heads(mask.kv_indices),
+        for_heads(mask.full_kv_num_blocks).minimum(limit),
+        for_heads(mask.full_kv_indices),
+        for_heads(mask.q_num_blocks),
+        for_heads(mask.q_indices),
+        for_heads(mask.full_q_num_blocks).minimum(limit),
+        for_heads(mask.full_q_indices),
+        BLOCK_SIZE=mask.BLOCK_SIZE,
+        mask_mod=mask.mask_mod,
+    )
