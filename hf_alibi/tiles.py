@@ -8,7 +8,7 @@ The kernels of PyTorch know no window, no bias in a line and no offset into a ca
 tile by tile needs none of that, forward or backward.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -20,16 +20,64 @@ from torch.autograd.function import once_differentiable
 from .alibi import bias_view, causal_line
 
 QUERY_BLOCK = 512  # queries in a tile: enough to fill a kernel, few enough that its half-hidden keys cost little
+MAX_BLOCKS = 8  # blocks in a tile: work for that many threads, in bounded memory
 KEY_GRAIN = 128  # windows start at multiples of this, so that heads with similar ones share a tile
 
 
 class Tile(NamedTuple):
-    """A block of queries of some heads, and the keys they need."""
+    """A block of queries of some heads and the keys they need; or several blocks of one head, each with its own keys.
+
+    Attributes:
+        heads: The query heads.
+        kv_heads: Their key-value heads.
+        queries: The queries of all blocks.
+        keys: The keys of all blocks; those of a block start `QUERY_BLOCK` after those of the block before.
+        blocks: Number of blocks.
+    """
 
     heads: slice
     kv_heads: slice
     queries: slice
     keys: slice
+    blocks: int = 1
+
+    @property
+    def num_queries(self) -> int:
+        """Queries in a block."""
+        return (self.queries.stop - self.queries.start) // self.blocks
+
+    @property
+    def num_keys(self) -> int:
+        """Keys that a block sees."""
+        return self.keys.stop - self.keys.start - (self.blocks - 1) * QUERY_BLOCK
+
+    def of_queries(self, states: Tensor) -> Tensor:
+        """Cuts `[batch, heads, queries, ...]` to `[batch, heads or blocks, block, ...]`, queries in reverse order."""
+        states = states[:, self.heads, self.queries]
+        if self.blocks > 1:
+            states = states[:, 0].unflatten(1, (self.blocks, -1))
+        return states.flip(2)
+
+    def of_keys(self, states: Tensor) -> Tensor:
+        """Views `[batch, key_value_heads, keys, head_dim]` as `[batch, heads or blocks, num_keys, head_dim]`."""
+        states = states[:, self.kv_heads, self.keys]
+        if self.blocks > 1:
+            states = states[:, 0].unfold(1, self.num_keys, QUERY_BLOCK).mT
+        return states
+
+    def put_queries(self, into: Tensor, states: Tensor) -> None:
+        """Undoes `of_queries`: writes `states` to their place."""
+        place = into[:, self.heads, self.queries]
+        place.copy_(states.flip(2).reshape(place.shape))
+
+    def add_keys(self, into: Tensor, states: Tensor) -> None:
+        """Adds states as `of_keys` cuts them to their place; those of blocks overlap."""
+        place = into[:, self.kv_heads, self.keys]
+        if self.blocks == 1:
+            place += states
+            return
+        for block in range(self.blocks):
+            place[:, 0, block * QUERY_BLOCK :][:, : self.num_keys] += states[:, block]
 
 
 def tiles(query: Tensor, key: Tensor, windows: list[int] | None) -> Iterator[Tile]:
@@ -56,10 +104,33 @@ def tiles(query: Tensor, key: Tensor, windows: list[int] | None) -> Iterator[Til
             yield Tile(slice(size * kv.start, size * kv.stop), kv, slice(start, end), slice(first_key, past + end))
 
 
+def merged(parts: Iterable[Tile]) -> list[Tile]:
+    """Joins the blocks of single heads, whose windows make them alike, so that the kernel's threads can share them."""
+    joined: list[Tile] = []
+    for tile in sorted(parts, key=lambda tile: (tile.heads.start, tile.heads.stop, tile.queries.start)):
+        if joined and _continues(joined[-1], tile):
+            last = joined.pop()
+            queries, keys = slice(last.queries.start, tile.queries.stop), slice(last.keys.start, tile.keys.stop)
+            tile = Tile(tile.heads, tile.kv_heads, queries, keys, last.blocks + 1)
+        joined.append(tile)
+    return joined
+
+
+def _continues(last: Tile, tile: Tile) -> bool:
+    return (
+        last.heads == tile.heads
+        and tile.heads.stop - tile.heads.start == 1
+        and tile.queries.start == last.queries.stop
+        and tile.keys.start == last.keys.start + last.blocks * QUERY_BLOCK
+        and (tile.num_queries, tile.num_keys) == (last.num_queries, last.num_keys)
+        and last.blocks < MAX_BLOCKS
+    )
+
+
 def tile_bias(line: Tensor, tile: Tile, num_keys: int) -> Tensor:
     """Returns the bias of a tile with its queries in reverse order, `[1, heads, queries, keys]`, as a view."""
-    num_queries, length = tile.queries.stop - tile.queries.start, tile.keys.stop - tile.keys.start
-    return bias_view(line, tile.heads, num_queries, length, corner=num_keys - length)
+    corner = num_keys - (tile.keys.stop - tile.keys.start) + (tile.blocks - 1) * QUERY_BLOCK
+    return bias_view(line, tile.heads, tile.num_queries, tile.num_keys, corner)
 
 
 def causal_attention(
@@ -91,12 +162,11 @@ def causal_attention(
         if slopes.requires_grad:
             query, key, value = _with_slope_column(query, key, value, slopes, scaling)
         query, key, value = (_with_dense_rows(states) for states in (query, key, value))
-        plan = tuple(tiles(query, key, windows))
+        plan = merged(tiles(query, key, windows))
         return _TiledAttention.apply(query, key, value, line.detach(), scaling, plan)[..., :head_dim]
     outputs = []
     for tile in tiles(query, key, windows=None):  # of all heads at once
-        q = query[:, :, tile.queries].flip(2)
-        k, v = key[:, :, tile.keys], value[:, :, tile.keys]
+        q, k, v = tile.of_queries(query), tile.of_keys(key), tile.of_keys(value)
         outputs.append(kernel(q, k, v, tile_bias(line, tile, num_keys), scaling, dropout).flip(2))
     return torch.cat(outputs, dim=2)
 
@@ -146,20 +216,19 @@ class _TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, line: Tensor, scaling: float, plan: tuple[Tile, ...]
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, line: Tensor, scaling: float, plan: list[Tile]
     ) -> Tensor:
         batch, heads, num_queries, head_dim = query.shape
         output = query.new_empty(batch, num_queries, heads, head_dim).transpose(1, 2)
         logsumexp = line.new_empty(batch, heads, num_queries)
         for tile in plan:
-            at = (slice(None), tile.heads, tile.queries)
-            k, v = (states[:, tile.kv_heads, tile.keys] for states in (key, value))
-            bias = tile_bias(line, tile, key.shape[2]).expand(batch, -1, -1, -1)
+            q, k, v = tile.of_queries(query), tile.of_keys(key), tile.of_keys(value)
+            bias = tile_bias(line, tile, key.shape[2]).expand(batch, q.shape[1], -1, -1)
             reverse, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query[at].flip(2), k, v, attn_mask=bias, scale=scaling
+                q, k, v, attn_mask=bias, scale=scaling
             )
-            output[at] = reverse.flip(2)
-            logsumexp[at] = sums.flip(2)
+            tile.put_queries(output, reverse)
+            tile.put_queries(logsumexp, sums)
         ctx.save_for_backward(query, key, value, line, output, logsumexp)
         ctx.scaling, ctx.plan = scaling, plan
         return output
@@ -172,21 +241,21 @@ class _TiledAttention(torch.autograd.Function):
         grad_query = torch.empty_like(query)
         grad_key, grad_value = (torch.zeros_like(states, dtype=line.dtype) for states in (key, value))
         for tile in ctx.plan:
-            at, kv = (slice(None), tile.heads, tile.queries), (slice(None), tile.kv_heads, tile.keys)
-            bias = tile_bias(line, tile, key.shape[2]).expand(len(query), -1, -1, -1)
+            q = tile.of_queries(query)
+            bias = tile_bias(line, tile, key.shape[2]).expand(len(query), q.shape[1], -1, -1)
             dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad_output[at].flip(2),
-                query[at].flip(2),
-                key[kv],
-                value[kv],
-                output[at].flip(2),
-                logsumexp[at].flip(2),
+                tile.of_queries(grad_output),
+                q,
+                tile.of_keys(key),
+                tile.of_keys(value),
+                tile.of_queries(output),
+                tile.of_queries(logsumexp),
                 0.0,
                 False,
                 attn_mask=bias,
                 scale=ctx.scaling,
             )
-            grad_query[at] = dq.flip(2)
-            grad_key[kv] += dk
-            grad_value[kv] += dv
+            tile.put_queries(grad_query, dq)
+            tile.add_keys(grad_key, dk)
+            tile.add_keys(grad_value, dv)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
