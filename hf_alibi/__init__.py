@@ -10,6 +10,7 @@ from transformers import (
 )
 
 from .alibi import alibi_bias, alibi_slopes
+from .cache import WindowedCache
 from .configuration_alibi_gpt import AlibiGPTConfig
 from .modeling_alibi_gpt import (
     AlibiGPTForCausalLM,
@@ -36,6 +37,7 @@ __all__ = [
     "AlibiGPTForTokenClassification",
     "AlibiGPTModel",
     "AlibiGPTPreTrainedModel",
+    "WindowedCache",
     "alibi_bias",
     "alibi_slopes",
 ]

@@ -42,6 +42,23 @@ def alibi_slopes(num_heads: int, max_bias: float = 8.0) -> list[float]:
     return slopes
 
 
+def interpolated_slopes(slopes: Tensor, training_length: int, length: Tensor) -> Tensor:
+    """Returns the slopes for a text of this length, flatter where it is longer than those of the training.
+
+    The furthest token of a longer text then costs what the furthest one cost in training. Source: Al-Khateeb et al.,
+    "Position Interpolation Improves ALiBi Extrapolation" (arXiv 2310.13017).
+
+    Args:
+        slopes: `[heads]`, floating point; its dtype is the result's.
+        training_length: Tokens in a text of the training.
+        length: Tokens in the text, a tensor without dimensions.
+
+    Returns:
+        `[heads]`: m times `training_length / length` beyond the training length, up to it the slopes themselves.
+    """
+    return slopes / (length.to(slopes.dtype) / training_length).clamp(min=1)
+
+
 def alibi_bias(slopes: Tensor, query_positions: Tensor, key_positions: Tensor) -> Tensor:
     """Returns the bias of any queries against any keys: rows and columns of one and the same matrix.
 
@@ -97,3 +114,24 @@ def bias_view(line: Tensor, heads: slice, queries: int, keys: int, corner: int) 
     length = line.shape[1]
     shape = (1, heads.stop - heads.start, queries, keys)
     return line.as_strided(shape, (line.numel(), length, 1, 1), heads.start * length + corner)
+
+
+def ring_line(slopes: Tensor, window: int, capacity: int) -> Tensor:
+    """Returns the bias of keys in a ring, position p in slot p modulo `capacity`, by offset from the newest slot.
+
+    The key in slot s is (newest - s) modulo `capacity` behind the newest: a periodic function of the offset, and
+    `bias_view` makes the matrix of any number of last queries from it, as it does from `causal_line`. What is
+    further away than the window gets -inf, and with it keys that are newer than a query, as long as there are
+    no more of them than `capacity - window - 1`.
+
+    Args:
+        slopes: `[heads]`, floating point; its dtype is the result's.
+        window: The furthest distance that is visible.
+        capacity: Slots of the ring.
+
+    Returns:
+        `[heads, 3 capacity - window - 2]`: offsets from 1 - capacity to 2 capacity - window - 2.
+    """
+    offsets = torch.arange(1 - capacity, 2 * capacity - window - 1, device=slopes.device)
+    distance = -offsets % capacity
+    return torch.where(distance <= window, -slopes[:, None] * distance, -torch.inf)

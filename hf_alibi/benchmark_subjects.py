@@ -25,7 +25,6 @@ from transformers import (
     MptConfig,
     PreTrainedConfig,
 )
-from transformers.cache_utils import Cache
 
 from .alibi import alibi_slopes
 from .attention import ALL_ATTENTION_FUNCTIONS
@@ -36,7 +35,7 @@ from .modeling_alibi_gpt import AlibiGPTAttention
 CAUSAL, DENSE = "causal SDPA, no bias", "SDPA, stored ALiBi mask"
 PEERS = LLAMA, GPT2, BLOOM, MPT = "Llama", "GPT-2", "BLOOM", "MPT"
 EAGER, WINDOWED = "ALiBi, eager", "ALiBi, sdpa, windows"
-OWN_CACHE, DYNAMIC_CACHE = "ALiBi, its own cache", "ALiBi, DynamicCache"
+OWN_CACHE, DYNAMIC_CACHE = "ALiBi, WindowedCache", "ALiBi, DynamicCache"
 DECODERS = {OWN_CACHE: WINDOWED, DYNAMIC_CACHE: WINDOWED} | {peer: peer for peer in PEERS}  # and their models
 # Names with a slash are repositories of kernels, other sources of an implementation that has a name too.
 BACKENDS = [backend for backend in ALL_ATTENTION_FUNCTIONS if "/" not in backend]
@@ -230,7 +229,8 @@ class Decoder:
     @torch.no_grad()
     def __init__(self, name: str, shape: Shape, context: int, chunk_size: int) -> None:
         self.model = build_model(DECODERS[name], shape)
-        self.cache = new_cache(self.model) if name == OWN_CACHE else DynamicCache(config=self.model.config)
+        own = name == OWN_CACHE
+        self.cache = self.model.model.windowed_cache() if own else DynamicCache(config=self.model.config)
         start = time.perf_counter()
         for chunk in random_tokens(shape, context).split(chunk_size, dim=1):
             self._read(chunk)
@@ -248,7 +248,8 @@ class Decoder:
 
     def cache_mib(self) -> float:
         """What the cache holds, in MiB: each tensor of its layers, in full where the cache has views of it."""
-        tensors = [x for layer in self.cache.layers for x in vars(layer).values() if isinstance(x, Tensor)]
+        holders = [holder for layer in self.cache.layers for holder in (layer, *getattr(layer, "rings", []))]
+        tensors = [x for holder in holders for x in vars(holder).values() if isinstance(x, Tensor)]
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
         return sum(storages.values()) / 2**20
 
@@ -257,8 +258,3 @@ def prompt_reading(name: str, shape: Shape, context: int, chunk_size: int) -> Ca
     """The prefill in chunks that makes a decoder."""
     build_model(DECODERS[name], shape)
     return partial(Decoder, name, shape, context, chunk_size)
-
-
-def new_cache(model: Any) -> Cache:
-    """The cache that `generate` makes for this model."""
-    return DynamicCache(config=model.config)

@@ -1,0 +1,73 @@
+"""What `generate` does otherwise for AlibiGPT: no limit of length, long prompts in chunks, and the windowed cache."""
+
+import copy
+from typing import Any
+
+from transformers.generation import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    GenerationMixin,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching.utils import WorkloadHints
+
+from .cache import WindowedCache
+from .configuration_alibi_gpt import AlibiGPTConfig
+from .paged import paged_config
+
+PREFILL_CHUNK = 2048  # tokens of a prompt to read at a time: more would only take more memory
+
+
+class AlibiGenerationMixin(GenerationMixin):
+    """Generation for a language model whose decoder is `model`, an `AlibiGPTModel`."""
+
+    config: AlibiGPTConfig
+    model: Any
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Makes the windowed cache unless another is asked for, or keys beyond the windows cannot be let go."""
+        is_given = model_kwargs.get("past_key_values") is not None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        is_default = generation_config.cache_implementation in (None, "offloaded") and not is_given
+        if is_default and generation_config.use_cache:
+            cache = self.model.windowed_cache(offloading=generation_config.cache_implementation == "offloaded")
+            if cache is not None:
+                if generation_config.is_assistant:
+                    cache.activate_past_recording()
+                model_kwargs["past_key_values"] = cache
+        in_one_piece = generation_config.output_hidden_states or model_kwargs.get("inputs_embeds") is not None
+        if isinstance(model_kwargs.get("past_key_values"), WindowedCache) and not in_one_piece:
+            generation_config.prefill_chunk_size = generation_config.prefill_chunk_size or PREFILL_CHUNK
+
+    def init_continuous_batching(
+        self,
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        workload_hints: WorkloadHints | None = None,
+    ) -> ContinuousBatchingManager:
+        """What `generate_batch` and the server begin with; refuses what `paged_config` refuses."""
+        generation_config = copy.deepcopy(generation_config or self.generation_config)  # gets an end-of-text of -1
+        given = continuous_batching_config or getattr(generation_config, "continuous_batching_config", None)
+        return super().init_continuous_batching(generation_config, paged_config(self.config, given), workload_hints)
+
+    # `generate` takes max_position_embeddings for a limit: it would cut its default length there, and warn beyond.
+
+    def _prepare_generated_length(  # type: ignore[override]
+        self, generation_config: Any, has_default_max_length: bool, **kwargs: Any
+    ) -> Any:
+        if has_default_max_length and generation_config.max_new_tokens is None:
+            generation_config.max_new_tokens = generation_config.max_length
+        return super()._prepare_generated_length(  # type: ignore[misc]  # it asks for a protocol of Transformers' own
+            generation_config, has_default_max_length, **kwargs
+        )
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        criteria = super()._get_stopping_criteria(*args, **kwargs)  # type: ignore[misc]
+        for criterion in criteria:
+            if isinstance(criterion, MaxLengthCriteria):
+                criterion.max_position_embeddings = None
+        return criteria
