@@ -17,9 +17,11 @@ from torch import Tensor
 from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 from transformers.modeling_utils import AttentionInterface
 
+from .cache import HeldKeys
 from .flash import alibi_flash_attention
 from .flex import alibi_flex_attention
 from .layout import TokenLayout
+from .paged import request_attention
 from .tiles import QUERY_BLOCK, causal_attention, kernel
 from .windows import head_windows, norm_bounds, qk_norm_bound
 
@@ -68,13 +70,19 @@ def sdpa_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention through PyTorch's fused kernels; arguments as in `eager_attention_forward`, but no weights."""
+    """Attention through PyTorch's fused kernels; arguments as in `eager_attention_forward`, but no weights.
+
+    Where a windowed cache holds other keys for each group of heads, `key` is a list of `HeldKeys`.
+    """
     layout = attention_mask
+    if isinstance(key, list):
+        return _windowed(query, key, layout, scaling), None
     slopes = local_slopes(module, layout.slopes, query.shape[1])
     device = query.device.type
     query, key, value = _prepared(query, key, value, layout)
     windows = None
-    if device == "cpu" and (layout.length is not None or layout.segments is not None):  # tiles need them there
+    in_tiles = any(runs is not None for runs in (layout.length, layout.segments, layout.requests))
+    if device == "cpu" and in_tiles:  # where tiles can leave out keys
         windows = lossless_windows(module, query, key, slopes, scaling)
     # Autocast would round the bias to the low precision of the queries.
     with torch.autocast(device, enabled=False):
@@ -82,6 +90,8 @@ def sdpa_attention_forward(
             output = causal_attention(query, key, value, slopes, scaling, dropout, windows)
         elif layout.segments is not None:
             output = _segmented(query, key, value, slopes, scaling, dropout, windows, layout.segments)
+        elif layout.requests is not None:
+            output = request_attention(query, key, value, slopes, scaling, dropout, windows, layout.requests)
         else:
             output = _masked(query, key, value, slopes, scaling, dropout, layout)
     return output.transpose(1, 2).contiguous(), None
@@ -163,7 +173,8 @@ def lossless_windows(module: Any, query: Tensor, key: Tensor, slopes: Tensor, sc
     worth their cost for many queries only.
     """
     tolerance = module.config.window_tolerance
-    is_short = key.shape[2] <= QUERY_BLOCK
+    needs_gradients = torch.is_grad_enabled() and query.requires_grad
+    is_short = key.shape[2] <= (4 * QUERY_BLOCK if needs_gradients else QUERY_BLOCK)
     if not tolerance or is_short or torch.compiler.is_compiling():
         return None
     if module.config.qk_norm:
@@ -219,6 +230,24 @@ def _masked(
     return torch.cat(outputs, dim=2)
 
 
+def _windowed(query: Tensor, held: list[HeldKeys], layout: TokenLayout, scaling: float) -> Tensor:
+    """Every group of heads attends to the keys that it holds; returns `[batch, queries, heads, head_dim]`."""
+    output = torch.empty_like(query.transpose(1, 2))
+    for group in held:
+        ring = group.ring
+        q, slopes = query[:, ring.heads], layout.slopes[ring.heads]
+        with torch.autocast(query.device.type, enabled=False):
+            if not group.only_future_is_hidden(layout):
+                part = _masked(q, group.keys, group.values, slopes, scaling, 0.0, group.layout(layout))
+            elif group.in_order:
+                part = causal_attention(q, group.keys, group.values, slopes, scaling, 0.0, ring.windows)
+            else:
+                bias = ring.bias(q.shape[2], group.length)
+                part = kernel(q.flip(2), group.keys, group.values, bias, scaling, 0.0).flip(2)
+        output[:, :, ring.heads] = part.transpose(1, 2)
+    return output
+
+
 def local_slopes(module: Any, slopes: Tensor, num_heads: int) -> Tensor:
     """Returns the slopes of the `num_heads` query heads that this tensor-parallel rank holds.
 
@@ -245,6 +274,8 @@ class AlibiAttentionInterface(AttentionInterface):
         "flash_attention_2": flash_attention_2_forward,
         # What Transformers takes for flash_attention_2 where the package is missing and `kernels` is installed.
         "kernels-community/flash-attn2": flash_attention_2_forward,
+        # What Transformers makes of eager for continuous batching; the layout tells the requests apart (`paged.py`).
+        "paged|eager": eager_attention_forward,
     }
 
     def get_interface(self, attn_implementation: str, default: Callable) -> Callable:

@@ -8,8 +8,9 @@ The kernels of PyTorch know no window, no bias in a line and no offset into a ca
 tile by tile needs none of that, forward or backward.
 """
 
-from collections.abc import Iterable, Iterator
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +20,10 @@ from torch.autograd.function import once_differentiable
 
 from .alibi import bias_view, causal_line
 
-QUERY_BLOCK = 512  # queries in a tile: enough to fill a kernel, few enough that its half-hidden keys cost little
+QUERY_BLOCK = 512  # below twice this many tokens there is little to win by leaving out keys
 MAX_BLOCKS = 8  # blocks in a tile: work for that many threads, in bounded memory
+FORWARD_SHARE = 1 / 16  # of a block's queries in its keys: forward sees the half-hidden ones as a whole
+BACKWARD_SHARE = 1 / 2
 KEY_GRAIN = 128  # windows start at multiples of this, so that heads with similar ones share a tile
 
 
@@ -31,8 +34,9 @@ class Tile(NamedTuple):
         heads: The query heads.
         kv_heads: Their key-value heads.
         queries: The queries of all blocks.
-        keys: The keys of all blocks; those of a block start `QUERY_BLOCK` after those of the block before.
+        keys: The keys of all blocks; those of a block start a block's queries after those of the block before.
         blocks: Number of blocks.
+        is_square: Whether a block's keys are those of its queries, and the kernel is to skip those that are hidden.
     """
 
     heads: slice
@@ -40,6 +44,7 @@ class Tile(NamedTuple):
     queries: slice
     keys: slice
     blocks: int = 1
+    is_square: bool = False
 
     @property
     def num_queries(self) -> int:
@@ -49,26 +54,44 @@ class Tile(NamedTuple):
     @property
     def num_keys(self) -> int:
         """Keys that a block sees."""
-        return self.keys.stop - self.keys.start - (self.blocks - 1) * QUERY_BLOCK
+        return self.keys.stop - self.keys.start - (self.blocks - 1) * self.num_queries
+
+    def parts(self) -> Iterator["Tile"]:
+        """Cuts the keys: those before a block's queries, which all of these may see, and squares of the others."""
+        if self.is_square:
+            yield self
+            return
+        first_hidden = self.keys.stop - self.num_queries
+        if self.num_keys > self.num_queries:
+            yield self._replace(keys=slice(self.keys.start, first_hidden))
+        if self.blocks == 1 and self.num_queries > QUERY_BLOCK:  # a square's bias is stored: keep it small
+            middle = self.queries.start + QUERY_BLOCK
+            upper = slice(first_hidden, first_hidden + QUERY_BLOCK), slice(self.queries.start, middle)
+            lower = slice(first_hidden, self.keys.stop), slice(middle, self.queries.stop)
+            for keys, queries in (upper, lower):
+                yield from self._replace(keys=keys, queries=queries).parts()
+        else:
+            start = self.keys.start + self.num_keys - self.num_queries
+            yield self._replace(keys=slice(start, self.keys.stop), is_square=True)
 
     def of_queries(self, states: Tensor) -> Tensor:
-        """Cuts `[batch, heads, queries, ...]` to `[batch, heads or blocks, block, ...]`, queries in reverse order."""
+        """Cuts `[batch, heads, queries, ...]` to `[batch, heads or blocks, block, ...]`, ordered as in `tile_bias`."""
         states = states[:, self.heads, self.queries]
         if self.blocks > 1:
             states = states[:, 0].unflatten(1, (self.blocks, -1))
-        return states.flip(2)
+        return states if self.is_square else states.flip(2)
 
     def of_keys(self, states: Tensor) -> Tensor:
         """Views `[batch, key_value_heads, keys, head_dim]` as `[batch, heads or blocks, num_keys, head_dim]`."""
         states = states[:, self.kv_heads, self.keys]
         if self.blocks > 1:
-            states = states[:, 0].unfold(1, self.num_keys, QUERY_BLOCK).mT
+            states = states[:, 0].unfold(1, self.num_keys, self.num_queries).mT
         return states
 
-    def put_queries(self, into: Tensor, states: Tensor) -> None:
-        """Undoes `of_queries`: writes `states` to their place."""
+    def at_queries(self, into: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the place in `into` of what `of_queries` cuts, and such states as they fit there."""
         place = into[:, self.heads, self.queries]
-        place.copy_(states.flip(2).reshape(place.shape))
+        return place, (states if self.is_square else states.flip(2)).reshape(place.shape)
 
     def add_keys(self, into: Tensor, states: Tensor) -> None:
         """Adds states as `of_keys` cuts them to their place; those of blocks overlap."""
@@ -77,16 +100,17 @@ class Tile(NamedTuple):
             place += states
             return
         for block in range(self.blocks):
-            place[:, 0, block * QUERY_BLOCK :][:, : self.num_keys] += states[:, block]
+            place[:, 0, block * self.num_queries :][:, : self.num_keys] += states[:, block]
 
 
-def tiles(query: Tensor, key: Tensor, windows: list[int] | None) -> Iterator[Tile]:
+def tiles(query: Tensor, key: Tensor, windows: list[int] | None, share: float) -> Iterator[Tile]:
     """Covers every query of every head once; the queries are the last of the keys.
 
     Args:
         query: `[batch, heads, queries, head_dim]`, for its shape.
         key: `[batch, key_value_heads, keys, head_dim]`, for its shape.
         windows: How far back each query head looks; `None`: to the first key.
+        share: Which part of the keys the queries of a block should be at most.
     """
     heads, num_queries = query.shape[1:3]
     kv_heads, num_keys = key.shape[1:3]
@@ -95,13 +119,22 @@ def tiles(query: Tensor, key: Tensor, windows: list[int] | None) -> Iterator[Til
     reach = [num_keys] * kv_heads
     if windows is not None:
         reach = [max(windows[size * head : size * (head + 1)]) for head in range(kv_heads)]
-    for start in range(0, num_queries, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, num_queries)
-        first = [max(0, past + start - window) // KEY_GRAIN * KEY_GRAIN for window in reach]
-        for first_key, group in groupby(range(kv_heads), key=first.__getitem__):
-            begin, *_ = members = list(group)
-            kv = slice(begin, begin + len(members))
-            yield Tile(slice(size * kv.start, size * kv.stop), kv, slice(start, end), slice(first_key, past + end))
+    for block, alike in groupby(range(kv_heads), key=lambda head: block_size(reach[head], share * num_keys)):
+        members = list(alike)
+        for start in range(0, num_queries, block):
+            end = min(start + block, num_queries)
+            for first, group in groupby(members, key=lambda head: max(0, past + start - reach[head]) // KEY_GRAIN):
+                begin, *rest = group
+                kv = slice(begin, begin + 1 + len(rest))
+                q, keys = slice(start, end), slice(first * KEY_GRAIN, past + end)
+                yield Tile(slice(size * kv.start, size * kv.stop), kv, q, keys, is_square=end == num_keys <= block)
+
+
+def block_size(reach: int, most: float) -> int:
+    """Returns how many queries go into a block; kernels have two speeds, and change to the higher one above 767."""
+    if reach <= 2 * QUERY_BLOCK:
+        return QUERY_BLOCK // 2
+    return QUERY_BLOCK if most < 2 * QUERY_BLOCK else 2 * QUERY_BLOCK
 
 
 def merged(parts: Iterable[Tile]) -> list[Tile]:
@@ -121,16 +154,35 @@ def _continues(last: Tile, tile: Tile) -> bool:
         last.heads == tile.heads
         and tile.heads.stop - tile.heads.start == 1
         and tile.queries.start == last.queries.stop
-        and tile.keys.start == last.keys.start + last.blocks * QUERY_BLOCK
+        and tile.keys.start == last.keys.start + last.blocks * last.num_queries
         and (tile.num_queries, tile.num_keys) == (last.num_queries, last.num_keys)
         and last.blocks < MAX_BLOCKS
     )
 
 
-def tile_bias(line: Tensor, tile: Tile, num_keys: int) -> Tensor:
-    """Returns the bias of a tile with its queries in reverse order, `[1, heads, queries, keys]`, as a view."""
-    corner = num_keys - (tile.keys.stop - tile.keys.start) + (tile.blocks - 1) * QUERY_BLOCK
-    return bias_view(line, tile.heads, tile.num_queries, tile.num_keys, corner)
+def tile_biases(line: Tensor, num_queries: int, num_keys: int) -> Callable[[Tile], Tensor]:
+    """Returns a function that gives the bias of a tile, the same for all its blocks, `[1, heads, queries, keys]`.
+
+    It is a view with the queries in reverse order. But their order is kept in a square tile, of which kernels know
+    to skip the half that lies in the future; those of the same heads share one stored bias.
+
+    Args:
+        line: As `causal_line` returns it.
+        num_queries: All queries.
+        num_keys: All keys; the queries are the last of them.
+    """
+
+    @cache
+    def square(first_head: int, last_head: int, size: int) -> Tensor:
+        return bias_view(line, slice(first_head, last_head), size, size, corner=num_keys - size).flip(2)
+
+    def bias(tile: Tile) -> Tensor:
+        if tile.is_square:
+            return square(tile.heads.start, tile.heads.stop, tile.num_queries)
+        corner = num_queries - tile.queries.start - tile.num_queries + tile.keys.start
+        return bias_view(line, tile.heads, tile.num_queries, tile.num_keys, corner)
+
+    return bias
 
 
 def causal_attention(
@@ -157,17 +209,17 @@ def causal_attention(
         `[batch, heads, queries, head_dim]`.
     """
     num_keys, head_dim = key.shape[2:]
-    line = causal_line(slopes, behind=num_keys - 1, ahead=min(QUERY_BLOCK, query.shape[2]) - 1)
+    line = causal_line(slopes, behind=num_keys - 1, ahead=min(2 * QUERY_BLOCK, query.shape[2]) - 1)
     if query.device.type == "cpu" and not dropout:
         if slopes.requires_grad:
             query, key, value = _with_slope_column(query, key, value, slopes, scaling)
         query, key, value = (_with_dense_rows(states) for states in (query, key, value))
-        plan = merged(tiles(query, key, windows))
-        return _TiledAttention.apply(query, key, value, line.detach(), scaling, plan)[..., :head_dim]
-    outputs = []
-    for tile in tiles(query, key, windows=None):  # of all heads at once
+        return _TiledAttention.apply(query, key, value, line.detach(), scaling, windows)[..., :head_dim]
+    outputs, bias = [], tile_biases(line, query.shape[2], num_keys)
+    for tile in tiles(query, key, None, FORWARD_SHARE):  # of all heads at once
         q, k, v = tile.of_queries(query), tile.of_keys(key), tile.of_keys(value)
-        outputs.append(kernel(q, k, v, tile_bias(line, tile, num_keys), scaling, dropout).flip(2))
+        part = kernel(q, k, v, bias(tile), scaling, dropout)
+        outputs.append(part if tile.is_square else part.flip(2))
     return torch.cat(outputs, dim=2)
 
 
@@ -211,26 +263,30 @@ def _with_dense_rows(states: Tensor) -> Tensor:
 class _TiledAttention(torch.autograd.Function):
     """The tiles through the CPU's flash kernel, with gradients summed in place.
 
-    Autograd by itself would hold a padded copy of all keys' gradients for every tile.
+    Autograd by itself would hold a padded copy of all keys' gradients for every tile. And gradients, unlike a
+    softmax, are sums over keys: backward goes through those that all queries of a block see, and then through those
+    of which half are hidden.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, line: Tensor, scaling: float, plan: list[Tile]
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, line: Tensor, scaling: float, windows: list[int] | None
     ) -> Tensor:
         batch, heads, num_queries, head_dim = query.shape
         output = query.new_empty(batch, num_queries, heads, head_dim).transpose(1, 2)
         logsumexp = line.new_empty(batch, heads, num_queries)
-        for tile in plan:
+        bias = tile_biases(line, num_queries, key.shape[2])
+        for tile in merged(tiles(query, key, windows, FORWARD_SHARE)):
             q, k, v = tile.of_queries(query), tile.of_keys(key), tile.of_keys(value)
-            bias = tile_bias(line, tile, key.shape[2]).expand(batch, q.shape[1], -1, -1)
-            reverse, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, attn_mask=bias, scale=scaling
+            mask = bias(tile).expand(batch, q.shape[1], -1, -1)
+            results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, is_causal=tile.is_square, attn_mask=mask, scale=scaling
             )
-            tile.put_queries(output, reverse)
-            tile.put_queries(logsumexp, sums)
+            for into, result in zip((output, logsumexp), results, strict=True):
+                place, states = tile.at_queries(into, result)
+                place.copy_(states)
         ctx.save_for_backward(query, key, value, line, output, logsumexp)
-        ctx.scaling, ctx.plan = scaling, plan
+        ctx.scaling, ctx.windows = scaling, windows
         return output
 
     @staticmethod
@@ -238,11 +294,11 @@ class _TiledAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, line, output, logsumexp = ctx.saved_tensors
         grad_output = _with_dense_rows(grad_output)
-        grad_query = torch.empty_like(query)
-        grad_key, grad_value = (torch.zeros_like(states, dtype=line.dtype) for states in (key, value))
-        for tile in ctx.plan:
+        grads = [torch.zeros_like(states, dtype=line.dtype) for states in (query, key, value)]
+        bias = tile_biases(line, query.shape[2], key.shape[2])
+        plan = merged(tiles(query, key, ctx.windows, BACKWARD_SHARE))
+        for tile in chain.from_iterable(whole.parts() for whole in plan):
             q = tile.of_queries(query)
-            bias = tile_bias(line, tile, key.shape[2]).expand(len(query), q.shape[1], -1, -1)
             dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 tile.of_queries(grad_output),
                 q,
@@ -251,11 +307,12 @@ class _TiledAttention(torch.autograd.Function):
                 tile.of_queries(output),
                 tile.of_queries(logsumexp),
                 0.0,
-                False,
-                attn_mask=bias,
+                tile.is_square,
+                attn_mask=bias(tile).expand(len(query), q.shape[1], -1, -1),
                 scale=ctx.scaling,
             )
-            tile.put_queries(grad_query, dq)
-            tile.add_keys(grad_key, dk)
-            tile.add_keys(grad_value, dv)
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
+            place, states = tile.at_queries(grads[0], dq)
+            place += states
+            tile.add_keys(grads[1], dk)
+            tile.add_keys(grads[2], dv)
+        return *(grad.to(query.dtype) for grad in grads), None, None, None

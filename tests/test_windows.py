@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from hf_alibi import AlibiGPTConfig
 from hf_alibi.alibi import alibi_slopes
-from hf_alibi.tiles import causal_attention, tiles
+from hf_alibi.tiles import FORWARD_SHARE, causal_attention, tiles
 from hf_alibi.windows import head_windows, norm_bounds, qk_norm_bound, window_guarantee
 
 HEAD_DIM = 16
@@ -55,7 +55,7 @@ def test_leaving_out_the_rest_changes_the_output_by_less_than_promised(kv_heads:
     inputs = list(adversary(bound, heads, 3000, windows))
     inputs[1:] = [states[:, :: heads // kv_heads] for states in inputs[1:]]
     slopes = torch.tensor(alibi_slopes(heads), dtype=torch.float64)
-    assert any(tile.keys.start > 0 for tile in tiles(inputs[0], inputs[1], windows))
+    assert any(tile.keys.start > 0 for tile in tiles(inputs[0], inputs[1], windows, FORWARD_SHARE))
     output = causal_attention(*inputs, slopes, SCALING, 0.0, windows)
     expected = oracle.attention(*inputs, oracle.paper_slopes(heads), SCALING)
     assert 0 < (output - expected).abs().max() <= 2 * tolerance
@@ -72,7 +72,7 @@ def test_windows_at_float_rounding_change_neither_output_nor_gradients(
     inputs = [(torch.randn(shape, dtype=torch.float64) / 2).to(dtype).requires_grad_() for shape in shapes]
     slopes = torch.tensor(alibi_slopes(heads), dtype=torch.promote_types(dtype, torch.float32))
     windows = head_windows(slopes.tolist(), norm_bounds(inputs[0], inputs[1], SCALING), tolerance)
-    assert any(tile.keys.start > 0 for tile in tiles(inputs[0], inputs[1], windows)) or kv_heads == 1
+    assert any(tile.keys.start > 0 for tile in tiles(inputs[0], inputs[1], windows, FORWARD_SHARE)) or kv_heads == 1
 
     expected = oracle.attention(*inputs, oracle.paper_slopes(heads), SCALING)
     direction = torch.randn_like(expected)
@@ -108,10 +108,30 @@ def test_the_example_of_eight_heads() -> None:
     assert f"{guarantee.windows[-1]:,}" in str(guarantee)
 
 
+def test_the_promise_is_made_for_the_scaled_slopes() -> None:
+    slopes = [slope / 4 for slope in alibi_slopes(8)]
+    scaled = window_guarantee(AlibiGPTConfig(alibi_scaling={"type": "linear", "factor": 4}))
+    assert scaled == window_guarantee(AlibiGPTConfig(alibi_slopes=slopes))
+    with pytest.raises(ValueError, match="windows grow with the text"):
+        window_guarantee(AlibiGPTConfig(alibi_scaling={"type": "dynamic"}))
+
+
 @pytest.mark.parametrize("values", [{"qk_norm": False}, {"window_tolerance": 0}])
 def test_no_promise_without_a_bound(values: dict) -> None:
     with pytest.raises(ValueError, match="qk_norm=True and window_tolerance above 0"):
         window_guarantee(AlibiGPTConfig(**values))
+
+
+@pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 5}, {"type": "dynamic"}], ids=["linear", "dynamic"])
+def test_windows_are_as_wide_as_scaled_slopes_need(make_model: ModelFactory, scaling: dict) -> None:
+    model = make_model(hidden_size=48, max_position_embeddings=360, alibi_scaling=scaling)
+    input_ids = torch.randint(3, 97, (1, 1800))
+    with torch.no_grad():
+        windowed = model(input_ids).logits
+        model.config.window_tolerance = 0
+        expected = model(input_ids).logits
+    assert not torch.equal(windowed, expected), "windows were not used"
+    torch.testing.assert_close(windowed, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("qk_norm", [True, False], ids=["qk-norm", "norms-at-hand"])
