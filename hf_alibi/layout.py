@@ -33,6 +33,8 @@ class TokenLayout(NamedTuple):
             queries are then the last of the first `length` keys. `None`: more is hidden.
         segments: Runs `(start, end)` of the flattened batch `[batch * queries]`, each of which attends
             causally within itself and nowhere else; `None`: no such runs. Tokens outside are padding.
+        requests: Of each request of continuous batching the queries, which are the last of its keys, and the keys;
+            `None`: no continuous batching. `mask` says the same.
         shared: Where attention implementations keep what they work out once for all layers of the pass;
             `None`: nowhere.
     """
@@ -45,6 +47,7 @@ class TokenLayout(NamedTuple):
     mask: Tensor | None = None
     length: int | None = None
     segments: list[tuple[int, int]] | None = None
+    requests: list[tuple[slice, slice]] | None = None
     shared: dict[Any, Any] | None = None
 
     def visible(self, rows: slice = slice(None)) -> Tensor:
@@ -56,6 +59,26 @@ class TokenLayout(NamedTuple):
         if self.key_mask is not None:
             visible = visible & self.key_mask[:, None, None, :]
         return visible
+
+    def text_length(self) -> Tensor:
+        """Returns the length of the longest text in the batch, in tokens, as a tensor without dimensions.
+
+        Cached tokens count, padding does not, and each packed document is a text of its own. Under a mask of the
+        caller's, a text is as long as its positions say.
+        """
+        first = 0 if self.first is None else self.first.clamp(min=0)
+        return (self.queries - first).max() + 1
+
+    def clear_from(self) -> int:
+        """Returns the position from which on nothing but the future is hidden; worked out once for all layers."""
+        assert self.shared is not None
+        if "clear_from" not in self.shared:
+            hidden = torch.zeros_like(self.keys, dtype=torch.bool) if self.key_mask is None else ~self.key_mask
+            if self.first is not None:
+                hidden = hidden | (self.keys < self.first.amax(1, keepdim=True))
+            ends = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)
+            self.shared["clear_from"] = int((hidden * ends).max())
+        return self.shared["clear_from"]
 
     def dense_bias(self, slopes: Tensor, rows: slice = slice(None)) -> Tensor:
         """Returns bias and mask in one tensor, to be added to the scores of the queries in `rows`.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -29,10 +29,15 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .alibi import interpolated_slopes
 from .attention import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
+from .cache import WindowedCache
 from .configuration_alibi_gpt import AlibiGPTConfig
 from .flash import HOW_TO_GET_FLASH_ATTENTION
+from .generation import AlibiGenerationMixin
 from .layout import TokenLayout, token_layout
+from .paged import PagedCache, paged_layout
+from .windows import head_windows, qk_norm_bound
 
 
 class AlibiGPTRMSNorm(nn.RMSNorm):
@@ -228,6 +233,7 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        cache: PagedAttentionCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Runs the decoder.
@@ -241,6 +247,7 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             past_key_values: The cache of keys and values.
             inputs_embeds: `[batch, queries, hidden_size]`, in place of `input_ids`.
             use_cache: Whether to return the cache.
+            cache: The cache of continuous batching, in place of `past_key_values`; see `paged_layout`.
 
         Returns:
             The hidden states `[batch, queries, hidden_size]` after the last norm, and the cache.
@@ -256,23 +263,60 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        layout = token_layout(
-            self._slopes(inputs_embeds), inputs_embeds, attention_mask, position_ids, past_key_values
-        )
+        if isinstance(past_key_values, WindowedCache) and self.config._attn_implementation != "sdpa":
+            raise ValueError(
+                f"Only sdpa reads a WindowedCache, not {self.config._attn_implementation}; pass a DynamicCache."
+            )
+        slopes = self._slopes(inputs_embeds)
+        if cache is not None:
+            layout = paged_layout(slopes, attention_mask, position_ids, **kwargs)
+            past_key_values = PagedCache(cache, kwargs)
+        else:
+            layout = token_layout(slopes, inputs_embeds, attention_mask, position_ids, past_key_values)
+        if self.config.slopes_depend_on_length:
+            slopes = interpolated_slopes(layout.slopes, self.config.max_position_embeddings, layout.text_length())
+            layout = layout._replace(slopes=slopes)
         hidden_states = self.dropout(self.embedding_norm(inputs_embeds))
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask=layout, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _slopes(self, inputs_embeds: Tensor) -> Tensor:
-        """The slopes `[heads]` in float32 or better, which no cast of the weights can round."""
+        """The slopes `[heads]` in float32 or better, which no cast of the weights can round, linearly scaled."""
         dtype = torch.promote_types(inputs_embeds.dtype, torch.float32)
         if self.config.alibi_slopes_trainable:
-            return self.bias_log_slopes.to(dtype).exp()
-        return torch.tensor(self.config.slopes, dtype=dtype, device=inputs_embeds.device)
+            slopes = self.bias_log_slopes.to(dtype).exp()
+        else:
+            slopes = torch.tensor(self.config.slopes, dtype=dtype, device=inputs_embeds.device)
+        return slopes / self.config.slope_divisor
+
+    def windowed_cache(self, offloading: bool = False) -> WindowedCache | None:
+        """Returns an empty cache in which no head holds more than its window, see `cache.py`.
+
+        Args:
+            offloading: Whether keys and values wait on the CPU while other layers are at work.
+
+        Returns:
+            The cache, or `None` where it would not be lossless or cannot be read: without QK-norm or with
+            `window_tolerance=0`, with slopes that depend on the length, with another attention than `sdpa`, and
+            with weights that are not all here.
+        """
+        config = self.config
+        attentions: list[Any] = [layer.self_attn for layer in self.layers]
+        if not config.qk_norm or not config.window_tolerance or config.slopes_depend_on_length:
+            return None
+        is_here = not any(hasattr(a.q_proj.weight, "device_mesh") or a.q_norm.weight.is_meta for a in attentions)
+        if not is_here or config._attn_implementation != "sdpa":
+            return None
+        slopes = self._slopes(self.embed_tokens.weight).detach()
+        windows = []
+        for attention in attentions:
+            bound = qk_norm_bound(attention.q_norm.weight, attention.k_norm.weight)
+            windows.append(head_windows(slopes.tolist(), [bound] * len(slopes), config.window_tolerance))
+        return WindowedCache(windows, slopes, offloading)
 
 
-class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, GenerationMixin):
+class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, AlibiGenerationMixin):
     """The language model: the decoder and an output layer over the vocabulary."""
 
     _auto_class = "AutoModelForCausalLM"
@@ -332,24 +376,6 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    # `generate` takes max_position_embeddings for a limit: it would cut its default length there, and warn beyond.
-
-    def _prepare_generated_length(  # type: ignore[override]
-        self, generation_config: Any, has_default_max_length: bool, **kwargs: Any
-    ) -> Any:
-        if has_default_max_length and generation_config.max_new_tokens is None:
-            generation_config.max_new_tokens = generation_config.max_length
-        return super()._prepare_generated_length(  # type: ignore[misc]  # it asks for a protocol of Transformers' own
-            generation_config, has_default_max_length, **kwargs
-        )
-
-    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
-        criteria = super()._get_stopping_criteria(*args, **kwargs)  # type: ignore[misc]
-        for criterion in criteria:
-            if isinstance(criterion, MaxLengthCriteria):
-                criterion.max_position_embeddings = None
-        return criteria
 
 
 class AlibiGPTHead(AlibiGPTPreTrainedModel):
