@@ -38,6 +38,11 @@ READERS = {".txt": "text", ".md": "text", ".py": "text", ".json": "json", ".json
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 
+CHAT_TEMPLATE = r"""
+{%- for message in messages %}{{ message['role'] + '\n' + message['content'] + eos_token }}{% endfor %}
+{%- if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"""
+"""A conversation as training sees texts: each message is a document, whose first line says who speaks."""
+
 # Tests outweigh the library; the tables of `encodings` are hardly text; packages and build settings differ by machine.
 SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
 SKIPPED_PREFIX = "_sysconfigdata"
@@ -184,8 +189,8 @@ def train_tokenizer(
     """Train a byte-level BPE tokenizer (Radford et al. 2019) on the first `max_characters` of the documents.
 
     Any text survives encoding and decoding unchanged. ``<|endoftext|>`` begins and ends documents, ``<|padding|>``
-    pads. The same documents give the same tokenizer, of `vocab_size` entries or fewer if the text is too short for
-    that many.
+    pads, and `CHAT_TEMPLATE` lays out conversations. The same documents give the same tokenizer, of `vocab_size`
+    entries or fewer if the text is too short for that many.
 
     Raises:
         UserError: `vocab_size` has no room for the 256 bytes and the two special tokens.
@@ -211,6 +216,7 @@ def train_tokenizer(
         pad_token=PADDING,
         padding_side="left",
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
     )
 
 

@@ -103,6 +103,14 @@ def test_saved_tokenizer_is_the_same(tokenizer: PreTrainedTokenizerBase, tmp_pat
     assert loaded.decode(loaded(text)["input_ids"]) == text
     assert (loaded.bos_token, loaded.eos_token, loaded.pad_token) == ("<|endoftext|>", "<|endoftext|>", "<|padding|>")
     assert loaded.model_max_length > 10**9
+    assert loaded.chat_template == tokenizer.chat_template
+
+
+def test_conversation_is_a_document_for_each_message(tokenizer: PreTrainedTokenizerBase) -> None:
+    messages = [{"role": "user", "content": "Who?\nMe?"}, {"role": "assistant", "content": "You."}]
+    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
+    assert prompt == "user\nWho?\nMe?<|endoftext|>assistant\n"
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == prompt + "You.<|endoftext|>"
 
 
 def test_tokenizer_training_is_deterministic() -> None:

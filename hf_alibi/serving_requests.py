@@ -1,0 +1,88 @@
+"""What a request to the server may say: the part of OpenAI's API that this server carries out.
+
+Names and meanings are OpenAI's (https://platform.openai.com/docs/api-reference); `generation_config` is added by
+Transformers, whose `chat` puts its settings there. A field that is missing here is refused, not ignored, and so is a
+value that `generate` would refuse: before anything is computed, and with a message that names the field.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Json, PositiveInt
+
+StopString = Annotated[str, Field(min_length=1, max_length=200)]
+Temperature = Literal[0] | Annotated[float, Field(ge=0.01)]  # 0: no sampling; logits over less would overflow
+Bias = Annotated[float, Field(ge=-100, le=100)]
+TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+
+
+class Body(BaseModel):
+    """The JSON object of a request: types as declared, without conversion, and no other fields."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class GenerationOptions(Body):
+    """The arguments of `transformers.GenerationConfig` that a client may set."""
+
+    max_new_tokens: PositiveInt
+    min_new_tokens: PositiveInt | None = None
+    do_sample: bool | None = None
+    temperature: float | None = Field(None, ge=0.01)
+    top_k: PositiveInt | None = None
+    top_p: float | None = Field(None, ge=0, le=1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    no_repeat_ngram_size: PositiveInt | None = None
+    transformers_version: str | None = None  # which has no effect
+
+
+class ModelRequest(Body):
+    """A request that only names the model."""
+
+    model: str
+
+
+class GenerationRequest(Body):
+    """What completions and chat have in common."""
+
+    model: str | None = None
+    stream: bool | None = None
+    max_tokens: PositiveInt | None = None
+    temperature: Temperature | None = None
+    top_p: float | None = Field(None, ge=0, le=1)
+    frequency_penalty: float | None = Field(None, gt=-1, le=2)
+    stop: StopString | Annotated[list[StopString], Field(min_length=1, max_length=4)] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    generation_config: Json[GenerationOptions] | None = None
+    n: Literal[1] | None = None
+    user: str | None = None  # which has no effect
+    stream_options: dict[str, Any] | None = None  # which has none either: every stream ends with its usage
+
+
+class CompletionRequest(GenerationRequest):
+    """A text to continue."""
+
+    prompt: str = Field(min_length=1)
+    suffix: str | None = None
+
+
+class TextPart(Body):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """A turn of the conversation."""
+
+    role: Literal["developer", "system", "user", "assistant"]
+    content: str | list[TextPart]
+
+
+class ChatRequest(GenerationRequest):
+    """A conversation to continue."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: PositiveInt | None = None
+    logit_bias: Annotated[dict[TokenId, Bias], Field(min_length=1)] | None = None
