@@ -1,6 +1,7 @@
 """The sinusoidal baseline: the same model with other positions, and nothing else."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,3 +46,25 @@ def test_cached_logits_equal_the_full_forward(model: SinusoidalGPTForCausalLM, l
 def test_auto_classes_find_it() -> None:
     config = AutoConfig.for_model("sinusoidal_gpt", **SHAPE)
     assert type(AutoModelForCausalLM.from_config(config)) is SinusoidalGPTForCausalLM
+
+
+def test_attention_begins_near_by() -> None:
+    model = SinusoidalGPTForCausalLM(SinusoidalGPTConfig(**SHAPE, num_key_value_heads=3))
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        assert torch.all(attention.q_norm.weight == 2)
+        for head in range(3):
+            rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
+            first_query = slice(2 * head * attention.head_dim, (2 * head + 1) * attention.head_dim)
+            assert torch.equal(attention.k_proj.weight[rows], attention.q_proj.weight[first_query])
+
+
+def test_loading_keeps_trained_projections(tmp_path: Path) -> None:
+    model = SinusoidalGPTForCausalLM(SinusoidalGPTConfig(**SHAPE))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    model.save_pretrained(tmp_path)
+    loaded = SinusoidalGPTForCausalLM.from_pretrained(tmp_path)
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
