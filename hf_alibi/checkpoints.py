@@ -9,7 +9,9 @@ Transformers is lenient where a wrong result would follow: it initialises missin
 weights. Here both are refused, and every refusal is a :class:`~hf_alibi.errors.UserError`.
 """
 
+import ast
 import logging
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,12 +60,33 @@ class LoadingArguments:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run the model code that the checkpoint brings with it."}
     )
+    config_overrides: str = field(
+        default="",
+        metadata={"help": "Fields of the config to change, such as alibi_scaling={'type': 'linear', 'factor': 4}."},
+    )
 
 
-def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config of the checkpoint `path`; an early look at whether there is one.
+def parse_overrides(text: str, config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of `config` in `text`, "name=value, ...", with their values: Python literals, or else strings.
 
-    Raises `UserError` if it cannot be read, or if the folder has no weights in safetensors.
+    Raises `UserError` for a name that `config` does not have.
+    """
+    overrides = {}
+    for item in re.split(r",(?![^\[{]*[\]}])", text) if text else []:  # a comma, but not one within brackets
+        name, _, value = (part.strip() for part in item.partition("="))
+        if name not in vars(config):
+            raise UserError(f"config_overrides: {config.model_type} has no field '{name}'; see its config class")
+        try:
+            overrides[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            overrides[name] = {"true": True, "false": False, "none": None}.get(value.lower(), value)
+    return overrides
+
+
+def load_config(path: str | Path, *, trust_remote_code: bool = False, config_overrides: str = "") -> PreTrainedConfig:
+    """The config of the checkpoint `path` with `config_overrides`; an early look at whether there is one.
+
+    Raises `UserError` if it cannot be read, if it refuses a value, or if the folder has no weights in safetensors.
     """
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -71,9 +94,17 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrai
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} has no *.safetensors weights; pickled weights can run code and are never read")
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:
         raise _unreadable("the config", path, error) from error
+    overrides = parse_overrides(config_overrides, config)
+    try:
+        for name, value in overrides.items():
+            setattr(config, name, value)
+        config.validate()
+    except LOADING_ERRORS as error:
+        raise UserError(f"config_overrides of {path}: {shorten(str(error), 300)}") from error
+    return config
 
 
 def load_causal_lm(
@@ -83,16 +114,18 @@ def load_causal_lm(
     device: str | torch.device | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    config_overrides: str = "",
     model_types: Collection[str] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in evaluation mode on `device`, and the tokenizer of the checkpoint `path`.
 
-    `model_types`, if given, lists the only `config.model_type` that are accepted. Raises `UserError` if the folder,
-    its config, weights or tokenizer are missing or damaged, if a weight is missing or has another shape than the
-    config says, if the tokenizer has more tokens than the model, or if the device is not there.
+    `config_overrides` changes fields of the config, see `parse_overrides`. `model_types`, if given, lists the only
+    `config.model_type` that are accepted. Raises `UserError` if the folder, its config, weights or tokenizer are
+    missing or damaged, if a weight is missing or has another shape than the config says, if the tokenizer has more
+    tokens than the model, or if the device is not there.
     """
     device = _available(device)
-    config = load_config(path, trust_remote_code=trust_remote_code)
+    config = load_config(path, trust_remote_code=trust_remote_code, config_overrides=config_overrides)
     if model_types is not None and config.model_type not in model_types:
         raise UserError(f"{path} is a {config.model_type!r} checkpoint; expected {' or '.join(sorted(model_types))}")
     model = _load_weights(

@@ -1,8 +1,9 @@
 """The configuration of an AlibiGPT model: its shape, and the choices that change what it computes."""
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
-from huggingface_hub.dataclasses import strict
+from huggingface_hub.dataclasses import strict, validated_field
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -20,6 +21,19 @@ POSITIVE_FIELDS = (
     "alibi_max_bias",
     "norm_eps",
 )
+
+
+def _check_scaling(scaling: dict[str, Any] | None) -> None:
+    """Raises `ValueError` for an `alibi_scaling` without a meaning."""
+    if scaling is None or scaling == {"type": "dynamic"}:
+        return
+    factor = scaling.get("factor")
+    is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
+    if scaling != {"type": "linear", "factor": factor} or not is_number or not 1 <= factor < math.inf:
+        raise ValueError(
+            "alibi_scaling must be None, {'type': 'linear', 'factor': a finite number of at least 1} or "
+            f"{{'type': 'dynamic'}}, which takes no factor; got {scaling}."
+        )
 
 
 @strict
@@ -40,10 +54,17 @@ class AlibiGPTConfig(PreTrainedConfig):
         head_dim: Width of a head; `None` for `hidden_size / num_attention_heads`.
         intermediate_size: Width of the feed-forward layer; `None` for four times `hidden_size`.
         hidden_act: Activation of the feed-forward layer, a name known to Transformers.
-        max_position_embeddings: Number of tokens in a training sequence. A record, never a limit.
+        max_position_embeddings: Number of tokens in a training sequence. A record, never a limit; beyond it a
+            dynamic `alibi_scaling` sets in.
         alibi_max_bias: Steepness of the slopes; see `alibi_slopes`.
         alibi_slopes: One positive slope for each query head; `None` for the paper's.
         alibi_slopes_trainable: Whether the slopes are learned, starting from these, by all layers together.
+        alibi_scaling: Position interpolation (arXiv 2310.13017); `None` for none. `{"type": "linear", "factor": f}`
+            divides every slope by f, at least 1. `{"type": "dynamic"}` divides them by n / `max_position_embeddings`
+            in a forward pass whose longest text has n tokens, cached ones included, if that is above 1. Cached keys
+            and values hold no slopes and stay valid: each pass applies its own slopes to all of them. But what a
+            token became in an earlier pass, it became with the slopes of that pass; so with dynamic scaling,
+            beyond the training length, reading a text in pieces differs from reading it at once.
         window_tolerance: Fraction of the attention that a head may lose by leaving out keys too far away to
             matter, see `windows.py`; the default is the rounding of float32. 0 looks at every key.
         qk_norm: Whether queries and keys get an RMSNorm over `head_dim`, which bounds every score.
@@ -95,6 +116,7 @@ class AlibiGPTConfig(PreTrainedConfig):
     alibi_max_bias: int | float = 8.0
     alibi_slopes: list[int | float] | tuple[int | float, ...] | None = None
     alibi_slopes_trainable: bool = False
+    alibi_scaling: dict[str, Any] | None = validated_field(_check_scaling, default=None)  # on assignment too
     window_tolerance: int | float = 2.0**-24
     qk_norm: bool = True
     attention_bias: bool = False
@@ -128,10 +150,20 @@ class AlibiGPTConfig(PreTrainedConfig):
 
     @property
     def slopes(self) -> list[float]:
-        """The slope of every query head, in nats per token of distance."""
+        """The slope of every query head, in nats per token of distance, before `alibi_scaling`."""
         if self.alibi_slopes is None:
             return alibi_slopes(self.num_attention_heads, self.alibi_max_bias)
         return [float(slope) for slope in self.alibi_slopes]
+
+    @property
+    def slope_divisor(self) -> float:
+        """What `alibi_scaling` divides every slope by at any length: the factor of a linear one, otherwise 1."""
+        return (self.alibi_scaling or {}).get("factor", 1.0)
+
+    @property
+    def slopes_depend_on_length(self) -> bool:
+        """Whether `alibi_scaling` is dynamic."""
+        return self.alibi_scaling == {"type": "dynamic"}
 
     def validate_architecture(self) -> None:
         """Checks that some model can have this shape.

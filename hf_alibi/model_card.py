@@ -35,6 +35,7 @@ CONFIG_FACTS = {
     "qk_norm": "QK-norm",
     "vocab_size": "Vocabulary",
     "max_position_embeddings": "Training length (tokens)",
+    "alibi_scaling": "Scaling of the slopes",
 }
 
 TRAINING_FACTS = {
@@ -242,10 +243,10 @@ def architecture(model: AlibiGPTForCausalLM) -> str:
 
 
 def slopes(model: AlibiGPTForCausalLM) -> list[float]:
-    """The slope of every query head, learned or not."""
-    if model.config.alibi_slopes_trainable:
-        return model.model.bias_log_slopes.exp().tolist()
-    return model.config.slopes
+    """The slope of every query head, learned or not, with a linear scaling."""
+    learned = model.config.alibi_slopes_trainable
+    unscaled = model.model.bias_log_slopes.exp().tolist() if learned else model.config.slopes
+    return [slope / model.config.slope_divisor for slope in unscaled]
 
 
 def windows(model: AlibiGPTForCausalLM) -> str:
@@ -258,6 +259,8 @@ def windows(model: AlibiGPTForCausalLM) -> str:
             "Without QK-norm a window follows from the norms of the queries and keys at hand: keys are skipped where "
             f"at most {config.window_tolerance:.3g} of the attention could be missing."
         )
+    if config.slopes_depend_on_length:
+        return "With a dynamic scaling of the slopes the windows grow with the text."
     gains = [(layer.self_attn.q_norm.weight, layer.self_attn.k_norm.weight) for layer in model.model.layers]
     bound = max(qk_norm_bound(query_gain, key_gain) for query_gain, key_gain in gains)
     reach = head_windows(slopes(model), [bound] * config.num_attention_heads, config.window_tolerance)

@@ -98,14 +98,21 @@ def window_guarantee(config: AlibiGPTConfig) -> WindowGuarantee:
     """Returns the windows that a config promises before training has moved the gains of its QK-norm.
 
     Raises:
-        ValueError: If the config has no QK-norm, where windows depend on the data, or switches windows off.
+        ValueError: If the config has no QK-norm, where windows depend on the data, or switches windows off, or
+            has slopes that depend on the length of the text.
     """
     if not config.qk_norm or not config.window_tolerance:
         raise ValueError(
             "Windows known before any data need qk_norm=True and window_tolerance above 0, "
             f"got {config.qk_norm} and {config.window_tolerance}."
         )
+    if config.slopes_depend_on_length:
+        raise ValueError(
+            f"With alibi_scaling={config.alibi_scaling} windows grow with the text; to know them before any data, "
+            "set {'type': 'linear', 'factor': ...} or None."
+        )
     gain = torch.ones(config.head_dim)
     bound = qk_norm_bound(gain, gain)
-    windows = head_windows(config.slopes, [bound] * len(config.slopes), config.window_tolerance)
-    return WindowGuarantee(config.slopes, windows, bound, config.window_tolerance)
+    slopes = [slope / config.slope_divisor for slope in config.slopes]
+    windows = head_windows(slopes, [bound] * len(slopes), config.window_tolerance)
+    return WindowGuarantee(slopes, windows, bound, config.window_tolerance)

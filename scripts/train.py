@@ -10,10 +10,8 @@ True. Several processes: ``accelerate launch scripts/train.py ...``. The output 
 train_results.json, eval_results.json (with the perplexity), all_results.json and trainer_state.json.
 """
 
-import ast
-import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from textwrap import shorten
 from typing import Any
 
@@ -30,7 +28,7 @@ from transformers import (
 )
 
 import hf_alibi.baselines  # noqa: F401  registers its models, and those of hf_alibi, with the Auto classes
-from hf_alibi.checkpoints import LOADING_ERRORS, load_causal_lm
+from hf_alibi.checkpoints import LOADING_ERRORS, load_causal_lm, parse_overrides
 from hf_alibi.data import Corpus, load_file_corpus, load_hub_corpus, pack, standard_library_corpus, train_tokenizer
 from hf_alibi.errors import UserError, run
 from hf_alibi.training import check_vocabulary, find_checkpoint, train
@@ -158,7 +156,7 @@ def load_model(arguments: ModelArguments, path: str) -> tuple[PreTrainedModel, P
         attn_implementation=arguments.attn_implementation,
         model_types=[arguments.model_type],
     )
-    for name, value in parse_overrides(arguments).items():
+    for name, value in parse_overrides(arguments.config_overrides, model.config).items():
         if getattr(model.config, name) != value:
             raise UserError(f"--config_overrides: {name} is {getattr(model.config, name)} in {path}, and stays so")
     if arguments.tokenizer_name:
@@ -171,7 +169,7 @@ def new_model(
     arguments: ModelArguments, documents: Iterable[str], block_size: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model with new weights and its tokenizer, which is trained on `documents` unless the arguments name one."""
-    overrides = parse_overrides(arguments)
+    overrides = parse_overrides(arguments.config_overrides, new_config(arguments.model_type, {}))
     if arguments.tokenizer_name:
         tokenizer = load_tokenizer(arguments.tokenizer_name)
     else:
@@ -200,21 +198,6 @@ def new_config(model_type: str, values: dict[str, Any]) -> PreTrainedConfig:
         return AutoConfig.for_model(model_type, **values)
     except LOADING_ERRORS as error:
         raise UserError(shorten(str(error), 300)) from error
-
-
-def parse_overrides(arguments: ModelArguments) -> dict[str, Any]:
-    """The fields in ``--config_overrides`` with their values, read as Python literals or else as strings."""
-    known = {known.name for known in fields(new_config(arguments.model_type, {}))}
-    overrides = {}
-    for item in re.split(r",(?![^\[]*\])", arguments.config_overrides) if arguments.config_overrides else []:
-        name, _, value = (part.strip() for part in item.partition("="))
-        if name not in known:
-            raise UserError(f"--config_overrides: {arguments.model_type} has no field '{name}'; see its config class")
-        try:
-            overrides[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            overrides[name] = {"true": True, "false": False, "none": None}.get(value.lower(), value)
-    return overrides
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

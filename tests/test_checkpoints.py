@@ -72,6 +72,14 @@ def test_dtype_and_attention_are_those_asked_for(tiny_checkpoint: Path) -> None:
     assert model.config._attn_implementation == "eager"
 
 
+def test_fields_of_the_config_can_be_changed(tiny_checkpoint: Path) -> None:
+    changes = "alibi_scaling={'type': 'linear', 'factor': 2.5}, window_tolerance=0,alibi_slopes=[0.5, 0.25,0.1,1]"
+    model, _ = load_causal_lm(tiny_checkpoint, device="cpu", config_overrides=changes)
+    assert model.config.alibi_scaling == {"type": "linear", "factor": 2.5}
+    assert model.config.window_tolerance == 0
+    assert model.config.slopes == [0.5, 0.25, 0.1, 1.0]
+
+
 @pytest.mark.parametrize(
     ("config", "model_class"),
     [
@@ -142,8 +150,13 @@ def test_weights_without_a_place_are_named(checkpoint: Path, caplog: pytest.LogC
         ({"attn_implementation": "nonesuch"}, "nonesuch"),
         ({"dtype": "float7"}, "dtype"),
         ({"device": "nonesuch"}, "device 'nonesuch' is not available"),
+        ({"config_overrides": "alibi_scale=2"}, "alibi_gpt has no field 'alibi_scale'"),
+        ({"config_overrides": "slopes=[1]"}, "alibi_gpt has no field 'slopes'"),
+        ({"config_overrides": "alibi_scaling={'type': 'linear'}"}, "alibi_scaling must be None, .*'linear'}"),
+        ({"config_overrides": "window_tolerance=2"}, "window_tolerance must be at least 0 and below 1"),
+        ({"config_overrides": "intermediate_size=64"}, "but its config asks for"),
     ],
-    ids=["model type", "attention", "dtype", "device"],
+    ids=["model type", "attention", "dtype", "device", "field", "property", "value", "range", "shape"],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str, tiny_checkpoint: Path) -> None:
     with pytest.raises(UserError, match=message):

@@ -118,9 +118,10 @@ def test_files_can_be_streamed(
         (["--lengths", "16", "100000"], "length 100000 needs at least 100001 tokens of text"),
         (["--stride", "17"], "stride is 17 and length 16"),
         (["--device", "nonesuch"], "device 'nonesuch' is not available"),
+        (["--config_overrides", "alibi_scaling=2"], "alibi_scaling"),
         (["--model_name_or_path", "{tiny}", "./missing"], r"\./missing .which is no folder here"),
     ],
-    ids=["no file", "labels", "two sources", "short text", "stride", "device", "second checkpoint"],
+    ids=["no file", "labels", "two sources", "short text", "stride", "device", "scaling", "second checkpoint"],
 )
 def test_a_mistake_leaves_earlier_results_alone(
     main: Callable[[list[str]], None],
