@@ -11,14 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .configuration_alibi_gpt import AlibiGPTConfig
-from .modeling_alibi_gpt import AlibiGPTAttention, AlibiGPTForCausalLM, AlibiGPTModel
+from .modeling_alibi_gpt import AlibiGPTForCausalLM, AlibiGPTModel
 
 SINUSOID_SCALE = 0.25 * math.sqrt(2)  # a sinusoid has a root mean square of sqrt(1/2)
 QUERY_GAIN = 2.0
@@ -68,15 +67,6 @@ class SinusoidalGPTModel(AlibiGPTModel):
 
     config: SinusoidalGPTConfig
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, AlibiGPTAttention):
-            projection = module.q_proj.weight.unflatten(0, (self.config.num_key_value_heads, -1, module.head_dim))
-            init.copy_(module.k_proj.weight, projection[:, 0].flatten(0, 1))
-            if self.config.qk_norm:
-                init.constant_(module.q_norm.weight, QUERY_GAIN)
-
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -117,6 +107,17 @@ class SinusoidalGPTForCausalLM(AlibiGPTForCausalLM):
         super().__init__(config)
         self.model = SinusoidalGPTModel(config)
         self.post_init()
+        for layer in self.model.layers:
+            _attend_near_by(layer.self_attn)
+
+
+@torch.no_grad()
+def _attend_near_by(attention: Any) -> None:
+    """Begins as `SinusoidalGPTModel` says, keys with the projection of the first query that shares them."""
+    projection = attention.q_proj.weight.unflatten(0, (attention.config.num_key_value_heads, -1, attention.head_dim))
+    attention.k_proj.weight.copy_(projection[:, 0].flatten(0, 1))
+    if attention.config.qk_norm:
+        attention.q_norm.weight.fill_(QUERY_GAIN)
 
 
 AutoConfig.register(SinusoidalGPTConfig.model_type, SinusoidalGPTConfig)

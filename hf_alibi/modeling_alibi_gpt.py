@@ -69,6 +69,7 @@ class AlibiGPTAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        self.o_proj.adds_to_residual = True  # type: ignore[assignment]  # see `_init_weights`
         self.q_norm = AlibiGPTRMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = AlibiGPTRMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
@@ -110,6 +111,7 @@ class AlibiGPTMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj.adds_to_residual = True  # type: ignore[assignment]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Maps `[..., hidden_size]` to the same shape."""
@@ -196,11 +198,10 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, AlibiGPTDecoderLayer):
+        if getattr(module, "adds_to_residual", False):
             # Each layer adds to the residual stream twice; the sum of all keeps the variance of one.
-            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
-            init.normal_(module.self_attn.o_proj.weight, std=std)
-            init.normal_(module.mlp.down_proj.weight, std=std)
+            additions = 2 * self.config.num_hidden_layers
+            init.normal_(module.weight, std=self.config.initializer_range / math.sqrt(additions))
         elif isinstance(module, AlibiGPTModel) and self.config.alibi_slopes_trainable:
             init.copy_(module.bias_log_slopes, torch.tensor(self.config.slopes).log())
 

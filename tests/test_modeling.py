@@ -338,3 +338,13 @@ def test_config_round_trip(tmp_path: Path) -> None:
     config = AlibiGPTConfig(num_attention_heads=4, alibi_slopes=[0.5, 0.25, 0.1, 0.01], num_key_value_heads=2)
     config.save_pretrained(tmp_path)
     assert AlibiGPTConfig.from_pretrained(tmp_path).slopes == [0.5, 0.25, 0.1, 0.01]
+
+
+def test_what_adds_to_the_residual_stream_begins_smaller() -> None:
+    model = AlibiGPTForCausalLM(
+        AlibiGPTConfig(vocab_size=97, hidden_size=96, num_hidden_layers=8, num_attention_heads=6)
+    )
+    for layer in model.model.layers:
+        for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
+            assert weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+        assert layer.mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
