@@ -9,7 +9,6 @@ tile by tile needs none of that, forward or backward.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
 from itertools import chain, groupby
 from typing import Any, NamedTuple
 
@@ -160,7 +159,7 @@ def _continues(last: Tile, tile: Tile) -> bool:
     )
 
 
-def tile_biases(line: Tensor, num_queries: int, num_keys: int) -> Callable[[Tile], Tensor]:
+def tile_biases(line: Tensor, num_queries: int) -> Callable[[Tile], Tensor]:
     """Returns a function that gives the bias of a tile, the same for all its blocks, `[1, heads, queries, keys]`.
 
     It is a view with the queries in reverse order. But their order is kept in a square tile, of which kernels know
@@ -168,19 +167,17 @@ def tile_biases(line: Tensor, num_queries: int, num_keys: int) -> Callable[[Tile
 
     Args:
         line: As `causal_line` returns it.
-        num_queries: All queries.
-        num_keys: All keys; the queries are the last of them.
+        num_queries: All queries, of which the last ones see the last keys.
     """
-
-    @cache
-    def square(first_head: int, last_head: int, size: int) -> Tensor:
-        return bias_view(line, slice(first_head, last_head), size, size, corner=num_keys - size).flip(2)
+    squares: dict[tuple[int, int, int], Tensor] = {}
 
     def bias(tile: Tile) -> Tensor:
-        if tile.is_square:
-            return square(tile.heads.start, tile.heads.stop, tile.num_queries)
+        key = tile.heads.start, tile.heads.stop, tile.num_queries
+        if key in squares and tile.is_square:
+            return squares[key]
         corner = num_queries - tile.queries.start - tile.num_queries + tile.keys.start
-        return bias_view(line, tile.heads, tile.num_queries, tile.num_keys, corner)
+        view = bias_view(line, tile.heads, tile.num_queries, tile.num_keys, corner)
+        return squares.setdefault(key, view.flip(2)) if tile.is_square else view
 
     return bias
 
@@ -215,7 +212,7 @@ def causal_attention(
             query, key, value = _with_slope_column(query, key, value, slopes, scaling)
         query, key, value = (_with_dense_rows(states) for states in (query, key, value))
         return _TiledAttention.apply(query, key, value, line.detach(), scaling, windows)[..., :head_dim]
-    outputs, bias = [], tile_biases(line, query.shape[2], num_keys)
+    outputs, bias = [], tile_biases(line, query.shape[2])
     for tile in tiles(query, key, None, FORWARD_SHARE):  # of all heads at once
         q, k, v = tile.of_queries(query), tile.of_keys(key), tile.of_keys(value)
         part = kernel(q, k, v, bias(tile), scaling, dropout)
@@ -275,7 +272,7 @@ class _TiledAttention(torch.autograd.Function):
         batch, heads, num_queries, head_dim = query.shape
         output = query.new_empty(batch, num_queries, heads, head_dim).transpose(1, 2)
         logsumexp = line.new_empty(batch, heads, num_queries)
-        bias = tile_biases(line, num_queries, key.shape[2])
+        bias = tile_biases(line, num_queries)
         for tile in merged(tiles(query, key, windows, FORWARD_SHARE)):
             q, k, v = tile.of_queries(query), tile.of_keys(key), tile.of_keys(value)
             mask = bias(tile).expand(batch, q.shape[1], -1, -1)
@@ -295,7 +292,7 @@ class _TiledAttention(torch.autograd.Function):
         query, key, value, line, output, logsumexp = ctx.saved_tensors
         grad_output = _with_dense_rows(grad_output)
         grads = [torch.zeros_like(states, dtype=line.dtype) for states in (query, key, value)]
-        bias = tile_biases(line, query.shape[2], key.shape[2])
+        bias = tile_biases(line, query.shape[2])
         plan = merged(tiles(query, key, ctx.windows, BACKWARD_SHARE))
         for tile in chain.from_iterable(whole.parts() for whole in plan):
             q = tile.of_queries(query)

@@ -78,6 +78,7 @@ class AttentionArguments(MeasuringArguments):
         default_factory=lambda: [backend for backend in subjects.BACKENDS if backend != "eager"],
         metadata={"help": "Our backends.", "choices": subjects.BACKENDS},
     )
+    backward: bool = field(default=True, metadata={"help": "Measure forward and backward too, not just forward."})
     num_heads: int = field(default=8, metadata={"help": "Attention heads."})
     head_dim: int = field(default=64, metadata={"help": "Width of a head."})
     max_dense_length: int = field(default=8192, metadata={"help": "Longest length at which a mask is stored."})
@@ -201,7 +202,8 @@ def attention(arguments: AttentionArguments) -> Report:
     for dtype, length in product(arguments.dtypes, sorted(arguments.lengths)):
         problem = subjects.Problem(length, arguments.num_heads, arguments.head_dim, dtype, arguments.device)
         skip = {subjects.DENSE: "longer than --max_dense_length"} if length > arguments.max_dense_length else {}
-        for task, backward in (("forward", False), ("forward and backward", True)):
+        tasks = {"forward": False} | ({"forward and backward": True} if arguments.backward else {})
+        for task, backward in tasks.items():
             calls = {name: partial(subjects.attention_call, name, problem, backward) for name in names}
             label = f"{task}, {length} tokens, {dtype}"
             measured = compare(calls, subjects.CAUSAL, arguments, label=label, skip=skip)
