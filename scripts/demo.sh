@@ -16,9 +16,9 @@ train() { # MODEL_TYPE OUTPUT_DIR LEARNING_RATE [OPTION ...]
     python scripts/train.py --model_type "$1" --output_dir "$2" --learning_rate "$3" \
         --vocab_size 2048 --block_size 256 \
         --config_overrides "hidden_size=192,num_hidden_layers=3,num_attention_heads=6,intermediate_size=768" \
-        --per_device_train_batch_size 16 --per_device_eval_batch_size 16 --max_eval_samples 128 \
-        --max_steps 500 --lr_scheduler_type cosine --warmup_steps 50 --weight_decay 0.1 --adam_beta2 0.95 \
-        --eval_strategy steps --eval_steps 250 --save_strategy no --logging_steps 25 --report_to tensorboard "${@:4}"
+        --per_device_train_batch_size 8 --per_device_eval_batch_size 16 --max_eval_samples 128 \
+        --max_steps 300 --lr_scheduler_type cosine --warmup_steps 30 --weight_decay 0.1 --adam_beta2 0.95 \
+        --eval_strategy steps --eval_steps 150 --save_strategy no --logging_steps 25 --report_to tensorboard "${@:4}"
 }
 
 echo "== 1/4  Training with ALiBi, 256 tokens at a time"
