@@ -37,8 +37,8 @@ PEERS = LLAMA, GPT2, BLOOM, MPT = "Llama", "GPT-2", "BLOOM", "MPT"
 EAGER, WINDOWED = "ALiBi, eager", "ALiBi, sdpa, windows"
 OWN_CACHE, DYNAMIC_CACHE = "ALiBi, WindowedCache", "ALiBi, DynamicCache"
 DECODERS = {OWN_CACHE: WINDOWED, DYNAMIC_CACHE: WINDOWED} | {peer: peer for peer in PEERS}  # and their models
-# Names with a slash are repositories of kernels, other sources of an implementation that has a name too.
-BACKENDS = [backend for backend in ALL_ATTENTION_FUNCTIONS if "/" not in backend]
+# Names with a slash are repositories of kernels, names with a bar are for continuous batching.
+BACKENDS = [backend for backend in ALL_ATTENTION_FUNCTIONS if not {"/", "|"} & set(backend)]
 ROWS_AT_A_TIME = 64  # in float64, for the memory's sake
 
 

@@ -96,6 +96,10 @@ class ShapeArguments(MeasuringArguments):
     num_heads: int = field(default=8, metadata={"help": "Attention heads."})
     vocab_size: int = field(default=8192, metadata={"help": "Tokens in the vocabulary."})
     dtype: str = field(default="float32", metadata={"help": "Dtype of weights and input.", "choices": DTYPES})
+    peers: list[str] = field(
+        default_factory=lambda: list(subjects.PEERS),
+        metadata={"help": "Models of Transformers to compare with.", "choices": list(subjects.PEERS)},
+    )
 
     def shape(self, max_positions: int) -> subjects.Shape:
         """The shape of models that can see `max_positions` tokens."""
@@ -220,7 +224,7 @@ def model(arguments: ModelArguments) -> Report:
     """Training steps and prefills; the sizes of the models; the differences between our backends' logits."""
     shape = arguments.shape(max(arguments.train_lengths + arguments.prefill_lengths))
     ours = list(subjects.our_implementations(arguments.backends))
-    names = [*ours, *subjects.PEERS]
+    names = [*ours, *arguments.peers]
     jobs = [("training step", subjects.training_step, length) for length in sorted(arguments.train_lengths)]
     jobs += [("prefill", subjects.prefill, length) for length in sorted(arguments.prefill_lengths)]
     records = []
@@ -282,6 +286,7 @@ def decoding(arguments: GenerationArguments, shape: subjects.Shape, context: int
     prompts = {
         name: partial(subjects.prompt_reading, name, shape, context, arguments.chunk_size)
         for name in subjects.DECODERS
+        if name in arguments.peers or name not in subjects.PEERS
     }
     is_long = context > arguments.max_peer_context
     measured = compare(
@@ -289,7 +294,7 @@ def decoding(arguments: GenerationArguments, shape: subjects.Shape, context: int
         subjects.LLAMA,
         arguments,
         label=f"decoding after {context} tokens",
-        skip=dict.fromkeys(subjects.PEERS, "longer than --max_peer_context") if is_long else {},
+        skip=dict.fromkeys(arguments.peers, "longer than --max_peer_context") if is_long else {},
         repeats=arguments.new_tokens,
         in_memory=prompts,
     )
