@@ -10,7 +10,11 @@ Every other exception is a defect of the program and keeps its traceback.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
 
 
 class UserError(ValueError):
@@ -24,3 +28,11 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def parse_arguments(parser: "HfArgumentParser", argv: Sequence[str] | None) -> tuple[Any, ...]:
+    """The dataclasses that `parser` fills from `argv`; an argument that it does not know ends as in `argparse`."""
+    *filled, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    return tuple(filled)

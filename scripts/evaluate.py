@@ -22,7 +22,7 @@ from transformers import HfArgumentParser
 
 from hf_alibi.checkpoints import LoadingArguments, load_causal_lm, load_config
 from hf_alibi.data import load_file_corpus, load_hub_corpus, standard_library_corpus
-from hf_alibi.errors import UserError, run
+from hf_alibi.errors import UserError, parse_arguments, run
 from hf_alibi.evaluation import encode_stream, mean_by_doubling, perplexity_by_length
 from hf_alibi.plotting import Curve, plot_extrapolation
 
@@ -66,9 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__.partition("\n")[0],
         allow_abbrev=False,
     )
-    arguments, loading, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    arguments, loading = parse_arguments(parser, argv)
     paths = arguments.model_name_or_path
     labels = arguments.labels or [Path(path).name for path in paths]
     if len(labels) != len(paths):

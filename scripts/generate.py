@@ -33,7 +33,7 @@ from transformers import (
 from transformers.hf_argparser import string_to_bool
 
 from hf_alibi.checkpoints import LoadingArguments, load_causal_lm
-from hf_alibi.errors import UserError, run
+from hf_alibi.errors import UserError, parse_arguments, run
 from hf_alibi.evaluation import position_limit
 
 # Arguments of GenerationConfig that take a Python object, or that only add to what `generate` returns to Python.
@@ -61,9 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         allow_abbrev=False,
     )
     add_generation_options(parser)
-    arguments, loading, *options, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    arguments, loading, *options = parse_arguments(parser, argv)
     prompt = read_prompt(arguments)
     if arguments.seed is not None:
         set_seed(arguments.seed)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 
 from transformers import HfArgumentParser
 
-from hf_alibi.errors import run
+from hf_alibi.errors import parse_arguments, run
 from hf_alibi.hub import publish
 from hf_alibi.model_card import CardArguments
 
@@ -44,9 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__.partition("\n")[0],
         allow_abbrev=False,
     )
-    arguments, card, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    arguments, card = parse_arguments(parser, argv)
     publish(**asdict(arguments), card=card)
 
 
