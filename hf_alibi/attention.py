@@ -21,8 +21,7 @@ from .cache import HeldKeys
 from .flash import alibi_flash_attention
 from .flex import alibi_flex_attention
 from .layout import TokenLayout
-from .paged import request_attention
-from .tiles import QUERY_BLOCK, causal_attention, kernel
+from .tiles import QUERY_BLOCK, attention_in_runs, causal_attention, kernel
 from .windows import head_windows, norm_bounds, qk_norm_bound
 
 
@@ -91,7 +90,7 @@ def sdpa_attention_forward(
         elif layout.segments is not None:
             output = _segmented(query, key, value, slopes, scaling, dropout, windows, layout.segments)
         elif layout.requests is not None:
-            output = request_attention(query, key, value, slopes, scaling, dropout, windows, layout.requests)
+            output = attention_in_runs(query, key, value, slopes, scaling, dropout, windows, layout.requests)
         else:
             output = _masked(query, key, value, slopes, scaling, dropout, layout)
     return output.transpose(1, 2).contiguous(), None
@@ -196,20 +195,15 @@ def _segmented(
     windows: list[int] | None,
     segments: list[tuple[int, int]],
 ) -> Tensor:
-    """Every run of tokens attends by itself, as if it were alone; padding in between gets zeros."""
+    """The runs of the flattened batch."""
     batch, heads, num_queries, head_dim = query.shape
     query, key, value = (
         states[:, :, :num_queries].transpose(1, 2).reshape(1, batch * num_queries, -1, head_dim).transpose(1, 2)
         for states in (query, key, value)
     )
-    pieces, done = [], 0
-    for start, end in segments:
-        q, k, v = (states[:, :, start:end] for states in (query, key, value))
-        run = causal_attention(q, k, v, slopes, scaling, dropout, windows)
-        pieces += [query.new_zeros(1, heads, start - done, head_dim), run]
-        done = end
-    pieces.append(query.new_zeros(1, heads, batch * num_queries - done, head_dim))
-    return torch.cat(pieces, dim=2).reshape(heads, batch, num_queries, head_dim).transpose(0, 1)
+    runs = [(slice(start, end), slice(start, end)) for start, end in segments]
+    output = attention_in_runs(query, key, value, slopes, scaling, dropout, windows, runs)
+    return output.reshape(heads, batch, num_queries, head_dim).transpose(0, 1)
 
 
 def _masked(

@@ -353,7 +353,7 @@ class WindowedCache(Cache):
     """A cache in which each head holds no more than its window; attention through `sdpa` knows how to read it.
 
     Args:
-        windows: How far back each query head of each layer looks, see `AlibiGPTModel.head_windows`.
+        windows: How far back each query head of each layer looks, see `AlibiGPTModel.windowed_cache`.
         slopes: `[heads]`, the slopes of the query heads.
         offloading: Whether keys and values wait on the CPU while other layers are at work.
     """

@@ -27,7 +27,6 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 
 from .configuration_alibi_gpt import AlibiGPTConfig
 from .layout import TokenLayout
-from .tiles import causal_attention
 
 PAGED_IMPLEMENTATIONS = ("sdpa", "eager", "paged|eager")
 
@@ -112,25 +111,3 @@ def paged_layout(
 
 def _runs(bounds: Tensor) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(bounds.tolist()) if start < end]
-
-
-def request_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slopes: Tensor,
-    scaling: float,
-    dropout: float,
-    windows: list[int] | None,
-    requests: list[tuple[slice, slice]],
-) -> Tensor:
-    """Every request attends by itself, as if it were alone; arguments and result as in `tiles.causal_attention`.
-
-    Args:
-        requests: The queries and the keys of every request. Queries outside are padding and get zeros.
-    """
-    output = torch.zeros_like(query)
-    for queries, keys in requests:
-        q, k, v = query[:, :, queries], key[:, :, keys], value[:, :, keys]
-        output[:, :, queries] = causal_attention(q, k, v, slopes, scaling, dropout, windows)
-    return output

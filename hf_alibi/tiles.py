@@ -74,7 +74,7 @@ class Tile(NamedTuple):
             yield self._replace(keys=slice(start, self.keys.stop), is_square=True)
 
     def of_queries(self, states: Tensor) -> Tensor:
-        """Cuts `[batch, heads, queries, ...]` to `[batch, heads or blocks, block, ...]`, ordered as in `tile_bias`."""
+        """Cuts `[batch, heads, queries, ...]` to `[batch, heads or blocks, block, ...]`, as `tile_biases` needs it."""
         states = states[:, self.heads, self.queries]
         if self.blocks > 1:
             states = states[:, 0].unflatten(1, (self.blocks, -1))
@@ -218,6 +218,33 @@ def causal_attention(
         part = kernel(q, k, v, bias(tile), scaling, dropout)
         outputs.append(part if tile.is_square else part.flip(2))
     return torch.cat(outputs, dim=2)
+
+
+def attention_in_runs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slopes: Tensor,
+    scaling: float,
+    dropout: float,
+    windows: list[int] | None,
+    runs: list[tuple[slice, slice]],
+) -> Tensor:
+    """Runs of tokens attend each by itself, as if it were alone; arguments and result as in `causal_attention`.
+
+    Args:
+        runs: The queries of each run, which are the last of its keys, and the keys; queries in ascending order.
+            Those outside are padding and get zeros.
+    """
+    batch, heads, num_queries, head_dim = query.shape
+    pieces, done = [], 0
+    for queries, keys in runs:
+        q, k, v = query[:, :, queries], key[:, :, keys], value[:, :, keys]
+        run = causal_attention(q, k, v, slopes, scaling, dropout, windows)
+        pieces += [query.new_zeros(batch, heads, queries.start - done, head_dim), run]
+        done = queries.stop
+    pieces.append(query.new_zeros(batch, heads, num_queries - done, head_dim))
+    return torch.cat(pieces, dim=2)
 
 
 def kernel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float, dropout: float) -> Tensor:

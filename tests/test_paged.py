@@ -13,7 +13,8 @@ from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConf
 
 from hf_alibi import AlibiGPTForCausalLM
 from hf_alibi.alibi import alibi_slopes
-from hf_alibi.paged import paged_config, paged_layout, request_attention
+from hf_alibi.paged import paged_config, paged_layout
+from hf_alibi.tiles import attention_in_runs
 from hf_alibi.windows import head_windows, norm_bounds
 
 LENGTHS = [5, 700, 33, 64, 1, 130]
@@ -225,7 +226,7 @@ def test_every_request_attends_as_the_formula_says(heads: int, kv_heads: int, wi
     query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
     windows = head_windows(slopes, norm_bounds(query, key, scaling), 2.0**-24) if windowed else None
     requests = [(slice(0, 1), slice(0, 600)), (slice(1, 18), slice(600, 617)), (slice(18, 20), slice(617, 710))]
-    output = request_attention(query, key, value, torch.tensor(slopes), scaling, 0.0, windows, requests)
+    output = attention_in_runs(query, key, value, torch.tensor(slopes), scaling, 0.0, windows, requests)
     for queries, keys in requests:
         expected = oracle.attention(query[:, :, queries], key[:, :, keys], value[:, :, keys], slopes, scaling)
         torch.testing.assert_close(output[:, :, queries].double(), expected, rtol=0, atol=1e-5)
