@@ -21,7 +21,7 @@ from .cache import HeldKeys
 from .flash import alibi_flash_attention
 from .flex import alibi_flex_attention
 from .layout import TokenLayout
-from .tiles import QUERY_BLOCK, attention_in_runs, causal_attention, kernel
+from .tiles import KEY_BLOCK, attention_in_runs, causal_attention, kernel
 from .windows import head_windows, norm_bounds, qk_norm_bound
 
 
@@ -118,7 +118,7 @@ def flex_attention_forward(
     slopes = local_slopes(module, attention_mask.slopes, query.shape[1])
     query, key, value = _prepared(query, key, value, attention_mask)
     windows = None
-    if query.shape[2] >= QUERY_BLOCK:  # a few queries are not worth waiting for the windows
+    if query.shape[2] >= KEY_BLOCK:  # a few queries are not worth waiting for the windows
         windows = lossless_windows(module, query, key, slopes, scaling)
     with torch.autocast(query.device.type, enabled=False):
         output = alibi_flex_attention(query, key, value, slopes, scaling, attention_mask, windows)
@@ -172,13 +172,12 @@ def lossless_windows(module: Any, query: Tensor, key: Tensor, slopes: Tensor, sc
     worth their cost for many queries only.
     """
     tolerance = module.config.window_tolerance
-    needs_gradients = torch.is_grad_enabled() and query.requires_grad
-    is_short = key.shape[2] <= (4 * QUERY_BLOCK if needs_gradients else QUERY_BLOCK)
+    is_short = key.shape[2] <= 2 * KEY_BLOCK
     if not tolerance or is_short or torch.compiler.is_compiling():
         return None
     if module.config.qk_norm:
         bounds = [qk_norm_bound(module.q_norm.weight, module.k_norm.weight)] * query.shape[1]
-    elif query.shape[2] >= QUERY_BLOCK:
+    elif query.shape[2] >= KEY_BLOCK:
         bounds = norm_bounds(query, key, scaling)
     else:
         return None
@@ -216,7 +215,7 @@ def _masked(
     layout: TokenLayout,
 ) -> Tensor:
     """Anything else: a stored bias, for one block of queries at a time."""
-    block = query.shape[2] if torch.compiler.is_exporting() else QUERY_BLOCK
+    block = query.shape[2] if torch.compiler.is_exporting() else KEY_BLOCK
     outputs = []
     for start in range(0, query.shape[2], block):
         rows = slice(start, start + block)

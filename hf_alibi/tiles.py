@@ -1,15 +1,18 @@
 """Causal ALiBi attention in tiles: exact, in linear memory, and only where a head has something to see.
 
-A tile is a block of queries of some heads against the keys that these can see. Its bias is a view of one
-line (`alibi.bias_view`), and a kernel of PyTorch's does the rest. Heads with a short window skip the keys
-beyond it, which makes them cost linear time.
+A tile is some queries of some heads against some keys. With one of the two in reverse order its bias is a view of one
+line (`alibi.bias_view`), and a kernel of PyTorch's does the rest. Heads with a short window skip the keys beyond it,
+which makes them cost linear time.
+
+A softmax needs all its keys at once: forward goes through blocks of queries and what they see. Gradients are sums over
+queries and over keys: backward goes through blocks of keys and what sees them, and hides less that way.
 
 The kernels of PyTorch know no window, no bias in a line and no offset into a cache; going through them
 tile by tile needs none of that, forward or backward.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, groupby
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -19,23 +22,26 @@ from torch.autograd.function import once_differentiable
 
 from .alibi import bias_view, causal_line
 
-QUERY_BLOCK = 512  # below twice this many tokens there is little to win by leaving out keys
+NEAR_BLOCK = 256  # queries in a tile: half of it is what it hides in vain
+FAR_BLOCK = 1024  # for queries that see so much that the kernel's speed with this many outweighs what it hides
+FAR = 4096  # keys
+KEY_BLOCK = 512  # keys in a tile of backward, which its kernel takes at once
+FULL_SPEED = 768  # queries from which on the kernels take more of them at once
 MAX_BLOCKS = 8  # blocks in a tile: work for that many threads, in bounded memory
-FORWARD_SHARE = 1 / 16  # of a block's queries in its keys: forward sees the half-hidden ones as a whole
-BACKWARD_SHARE = 1 / 2
-KEY_GRAIN = 128  # windows start at multiples of this, so that heads with similar ones share a tile
+GRAIN = 128  # windows end at multiples of this, so that heads with similar ones share a tile
 
 
 class Tile(NamedTuple):
-    """A block of queries of some heads and the keys they need; or several blocks of one head, each with its own keys.
+    """Queries of some heads and keys that they need; or several blocks of one head, each some steps after the last.
 
     Attributes:
         heads: The query heads.
         kv_heads: Their key-value heads.
-        queries: The queries of all blocks.
-        keys: The keys of all blocks; those of a block start a block's queries after those of the block before.
+        queries: The queries of the first block.
+        keys: The keys of the first block.
         blocks: Number of blocks.
-        is_square: Whether a block's keys are those of its queries, and the kernel is to skip those that are hidden.
+        query_step: From the queries of a block to those of the next.
+        key_step: From the keys of a block to those of the next.
     """
 
     heads: slice
@@ -43,143 +49,144 @@ class Tile(NamedTuple):
     queries: slice
     keys: slice
     blocks: int = 1
-    is_square: bool = False
+    query_step: int = 0
+    key_step: int = 0
+
+    @property
+    def is_of_one_head(self) -> bool:
+        """Whether there is one query head."""
+        return self.heads.stop - self.heads.start == 1
 
     @property
     def num_queries(self) -> int:
         """Queries in a block."""
-        return (self.queries.stop - self.queries.start) // self.blocks
+        return self.queries.stop - self.queries.start
 
     @property
     def num_keys(self) -> int:
-        """Keys that a block sees."""
-        return self.keys.stop - self.keys.start - (self.blocks - 1) * self.num_queries
-
-    def parts(self) -> Iterator["Tile"]:
-        """Cuts the keys: those before a block's queries, which all of these may see, and squares of the others."""
-        if self.is_square:
-            yield self
-            return
-        first_hidden = self.keys.stop - self.num_queries
-        if self.num_keys > self.num_queries:
-            yield self._replace(keys=slice(self.keys.start, first_hidden))
-        if self.blocks == 1 and self.num_queries > QUERY_BLOCK:  # a square's bias is stored: keep it small
-            middle = self.queries.start + QUERY_BLOCK
-            upper = slice(first_hidden, first_hidden + QUERY_BLOCK), slice(self.queries.start, middle)
-            lower = slice(first_hidden, self.keys.stop), slice(middle, self.queries.stop)
-            for keys, queries in (upper, lower):
-                yield from self._replace(keys=keys, queries=queries).parts()
-        else:
-            start = self.keys.start + self.num_keys - self.num_queries
-            yield self._replace(keys=slice(start, self.keys.stop), is_square=True)
+        """Keys in a block."""
+        return self.keys.stop - self.keys.start
 
     def of_queries(self, states: Tensor) -> Tensor:
-        """Cuts `[batch, heads, queries, ...]` to `[batch, heads or blocks, block, ...]`, as `tile_biases` needs it."""
-        states = states[:, self.heads, self.queries]
-        if self.blocks > 1:
-            states = states[:, 0].unflatten(1, (self.blocks, -1))
-        return states if self.is_square else states.flip(2)
+        """Views `[batch, heads, queries, ...]` as `[batch, heads or blocks, num_queries, ...]`."""
+        return _cut(states[:, self.heads], self.queries, self.blocks, self.query_step)
 
     def of_keys(self, states: Tensor) -> Tensor:
-        """Views `[batch, key_value_heads, keys, head_dim]` as `[batch, heads or blocks, num_keys, head_dim]`."""
-        states = states[:, self.kv_heads, self.keys]
-        if self.blocks > 1:
-            states = states[:, 0].unfold(1, self.num_keys, self.num_queries).mT
-        return states
+        """Views `[batch, key_value_heads, keys, ...]` as `[batch, heads or blocks, num_keys, ...]`."""
+        return _cut(states[:, self.kv_heads], self.keys, self.blocks, self.key_step)
 
-    def at_queries(self, into: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the place in `into` of what `of_queries` cuts, and such states as they fit there."""
-        place = into[:, self.heads, self.queries]
-        return place, (states if self.is_square else states.flip(2)).reshape(place.shape)
+    def bias(self, line: Tensor, corner: int) -> Tensor:
+        """Views a line as the bias of the tile, `[1, heads or blocks, num_queries, num_keys]`, as `bias_view` does."""
+        shift = self.query_step - self.key_step
+        view = bias_view(line, self.heads, self.num_queries + (self.blocks - 1) * shift, self.num_keys, corner)
+        return _cut(view, slice(0, self.num_queries), self.blocks, shift)
+
+    def add_queries(self, into: Tensor, states: Tensor) -> None:
+        """Adds states as `of_queries` cuts them to their place; those of blocks may overlap."""
+        for block, part in enumerate(states.chunk(self.blocks, dim=1)):
+            into[:, self.heads, self.queries.start + block * self.query_step :][:, :, : self.num_queries] += part
 
     def add_keys(self, into: Tensor, states: Tensor) -> None:
-        """Adds states as `of_keys` cuts them to their place; those of blocks overlap."""
-        place = into[:, self.kv_heads, self.keys]
-        if self.blocks == 1:
-            place += states
-            return
-        for block in range(self.blocks):
-            place[:, 0, block * self.num_queries :][:, : self.num_keys] += states[:, block]
+        """Adds states as `of_keys` cuts them to their place; those of blocks may overlap."""
+        for block, part in enumerate(states.chunk(self.blocks, dim=1)):
+            into[:, self.kv_heads, self.keys.start + block * self.key_step :][:, :, : self.num_keys] += part
 
 
-def tiles(query: Tensor, key: Tensor, windows: list[int] | None, share: float) -> Iterator[Tile]:
-    """Covers every query of every head once; the queries are the last of the keys.
+def _cut(states: Tensor, rows: slice, blocks: int, step: int) -> Tensor:
+    if blocks == 1:
+        return states[:, :, rows]
+    if not step:
+        return states[:, :, rows].expand(-1, blocks, *(-1 for _ in states.shape[2:]))
+    last = rows.stop + (blocks - 1) * step
+    return states[:, 0, rows.start : last].unfold(1, rows.stop - rows.start, step).movedim(-1, 2)
+
+
+def query_tiles(query: Tensor, key: Tensor, windows: list[int] | None) -> Iterator[Tile]:
+    """Covers every query of every head once, in tiles of queries and all the keys that these see.
 
     Args:
-        query: `[batch, heads, queries, head_dim]`, for its shape.
+        query: `[batch, heads, queries, head_dim]`, for its shape; the queries are the last of the keys.
         key: `[batch, key_value_heads, keys, head_dim]`, for its shape.
         windows: How far back each query head looks; `None`: to the first key.
-        share: Which part of the keys the queries of a block should be at most.
     """
-    heads, num_queries = query.shape[1:3]
-    kv_heads, num_keys = key.shape[1:3]
-    size = heads // kv_heads
+    num_queries, num_keys = query.shape[2], key.shape[2]
     past = num_keys - num_queries
-    reach = [num_keys] * kv_heads
-    if windows is not None:
-        reach = [max(windows[size * head : size * (head + 1)]) for head in range(kv_heads)]
-    for block, alike in groupby(range(kv_heads), key=lambda head: block_size(reach[head], share * num_keys)):
-        members = list(alike)
+    reach, size = _reach(query, key, windows), query.shape[1] // key.shape[1]
+    for is_far, alike in groupby(range(len(reach)), key=lambda head: reach[head] >= FAR):
+        block, members = FAR_BLOCK if is_far else NEAR_BLOCK, list(alike)
         for start in range(0, num_queries, block):
-            end = min(start + block, num_queries)
-            for first, group in groupby(members, key=lambda head: max(0, past + start - reach[head]) // KEY_GRAIN):
-                begin, *rest = group
-                kv = slice(begin, begin + 1 + len(rest))
-                q, keys = slice(start, end), slice(first * KEY_GRAIN, past + end)
-                yield Tile(slice(size * kv.start, size * kv.stop), kv, q, keys, is_square=end == num_keys <= block)
+            stop = min(start + block, num_queries)
+            for first, group in groupby(members, key=lambda head: max(0, past + start - reach[head])):
+                yield Tile(*_heads(group, size), slice(start, stop), slice(first, past + stop))
 
 
-def block_size(reach: int, most: float) -> int:
-    """Returns how many queries go into a block; kernels have two speeds, and change to the higher one above 767."""
-    if reach <= 2 * QUERY_BLOCK:
-        return QUERY_BLOCK // 2
-    return QUERY_BLOCK if most < 2 * QUERY_BLOCK else 2 * QUERY_BLOCK
+def key_tiles(query: Tensor, key: Tensor, windows: list[int] | None) -> Iterator[Tile]:
+    """Covers every pair of a query and a key that it sees once, in tiles of keys and all the queries that see these.
 
-
-def merged(parts: Iterable[Tile]) -> list[Tile]:
-    """Joins the blocks of single heads, whose windows make them alike, so that the kernel's threads can share them."""
-    joined: list[Tile] = []
-    for tile in sorted(parts, key=lambda tile: (tile.heads.start, tile.heads.stop, tile.queries.start)):
-        if joined and _continues(joined[-1], tile):
-            last = joined.pop()
-            queries, keys = slice(last.queries.start, tile.queries.stop), slice(last.keys.start, tile.keys.stop)
-            tile = Tile(tile.heads, tile.kv_heads, queries, keys, last.blocks + 1)
-        joined.append(tile)
-    return joined
-
-
-def _continues(last: Tile, tile: Tile) -> bool:
-    return (
-        last.heads == tile.heads
-        and tile.heads.stop - tile.heads.start == 1
-        and tile.queries.start == last.queries.stop
-        and tile.keys.start == last.keys.start + last.blocks * last.num_queries
-        and (tile.num_queries, tile.num_keys) == (last.num_queries, last.num_keys)
-        and last.blocks < MAX_BLOCKS
-    )
-
-
-def tile_biases(line: Tensor, num_queries: int) -> Callable[[Tile], Tensor]:
-    """Returns a function that gives the bias of a tile, the same for all its blocks, `[1, heads, queries, keys]`.
-
-    It is a view with the queries in reverse order. But their order is kept in a square tile, of which kernels know
-    to skip the half that lies in the future; those of the same heads share one stored bias.
-
-    Args:
-        line: As `causal_line` returns it.
-        num_queries: All queries, of which the last ones see the last keys.
+    Arguments as in `query_tiles`.
     """
-    squares: dict[tuple[int, int, int], Tensor] = {}
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    past = num_keys - num_queries
+    reach, size = _reach(query, key, windows), query.shape[1] // key.shape[1]
+    for stop in range(num_keys, 0, -KEY_BLOCK):  # from the end, so that what is left of the queries is in full blocks
+        start = max(0, stop - KEY_BLOCK)
+        first = max(0, start - past)
+        for last, group in groupby(range(len(reach)), key=lambda head: min(num_queries, stop - past + reach[head])):
+            if first < last:  # else they lie further back than any query looks
+                yield Tile(*_heads(group, size), slice(first, last), slice(start, stop))
 
-    def bias(tile: Tile) -> Tensor:
-        key = tile.heads.start, tile.heads.stop, tile.num_queries
-        if key in squares and tile.is_square:
-            return squares[key]
-        corner = num_queries - tile.queries.start - tile.num_queries + tile.keys.start
-        view = bias_view(line, tile.heads, tile.num_queries, tile.num_keys, corner)
-        return squares.setdefault(key, view.flip(2)) if tile.is_square else view
 
-    return bias
+def _heads(kv_heads: Iterable[int], size: int) -> tuple[slice, slice]:
+    """Returns the query heads and the key-value heads of some of the latter that lie side by side."""
+    first, *rest = kv_heads
+    stop = first + 1 + len(rest)
+    return slice(size * first, size * stop), slice(first, stop)
+
+
+def _reach(query: Tensor, key: Tensor, windows: list[int] | None) -> list[int]:
+    """Returns how far back the queries of each key-value head look, in whole grains."""
+    kv_heads, num_keys = key.shape[1:3]
+    if windows is None:
+        return [num_keys] * kv_heads
+    size = query.shape[1] // kv_heads
+    furthest = [max(windows[size * head : size * (head + 1)]) for head in range(kv_heads)]
+    return [max(KEY_BLOCK // 2, -(-window // GRAIN) * GRAIN) for window in furthest]
+
+
+def joined(tiles: Iterable[Tile]) -> list[Tile]:
+    """Makes blocks of the tiles of single heads, which windows make alike, for the kernel's threads to share."""
+    result: list[Tile] = []
+    for tile in sorted(
+        tiles, key=lambda tile: (tile.heads.start, tile.heads.stop, tile.queries.stop + tile.keys.stop)
+    ):
+        longer = _with_block(result[-1], tile) if result else None
+        if longer is None:
+            result.append(tile)
+        else:
+            result[-1] = longer
+    return result
+
+
+def _with_block(tile: Tile, more: Tile) -> Tile | None:
+    """Returns the tile with the other one as a further block, or `None` if it would not be like the others."""
+    query_step = more.queries.start - tile.queries.start - (tile.blocks - 1) * tile.query_step
+    key_step = more.keys.start - tile.keys.start - (tile.blocks - 1) * tile.key_step
+    alike = (tile.heads, tile.num_queries, tile.num_keys) == (more.heads, more.num_queries, more.num_keys)
+    in_line = query_step == key_step and (tile.blocks == 1 or query_step == tile.query_step)
+    if not (tile.is_of_one_head and alike and in_line and tile.blocks < MAX_BLOCKS):
+        return None
+    return tile._replace(blocks=tile.blocks + 1, query_step=query_step, key_step=key_step)
+
+
+def in_pieces(tile: Tile) -> Tile:
+    """Makes blocks of the queries of a single head, for the same end, where many see the same keys."""
+    if tile.is_of_one_head and tile.blocks == 1:
+        size = tile.num_queries
+        for blocks in range(MAX_BLOCKS, 1, -1):
+            if size % blocks == 0 and size // blocks >= FULL_SPEED:
+                queries = slice(tile.queries.start, tile.queries.start + size // blocks)
+                return tile._replace(queries=queries, blocks=blocks, query_step=size // blocks)
+    return tile
 
 
 def causal_attention(
@@ -206,17 +213,17 @@ def causal_attention(
         `[batch, heads, queries, head_dim]`.
     """
     num_keys, head_dim = key.shape[2:]
-    line = causal_line(slopes, behind=num_keys - 1, ahead=min(2 * QUERY_BLOCK, query.shape[2]) - 1)
+    line = causal_line(slopes, behind=num_keys - 1, ahead=min(FAR_BLOCK, query.shape[2]) - 1)
     if query.device.type == "cpu" and not dropout:
         if slopes.requires_grad:
             query, key, value = _with_slope_column(query, key, value, slopes, scaling)
         query, key, value = (_with_dense_rows(states) for states in (query, key, value))
         return _TiledAttention.apply(query, key, value, line.detach(), scaling, windows)[..., :head_dim]
-    outputs, bias = [], tile_biases(line, query.shape[2])
-    for tile in tiles(query, key, None, FORWARD_SHARE):  # of all heads at once
-        q, k, v = tile.of_queries(query), tile.of_keys(key), tile.of_keys(value)
-        part = kernel(q, k, v, bias(tile), scaling, dropout)
-        outputs.append(part if tile.is_square else part.flip(2))
+    outputs = []
+    for tile in query_tiles(query, key, None):  # of all heads at once
+        q, k, v = tile.of_queries(query).flip(2), tile.of_keys(key), tile.of_keys(value)
+        bias = tile.bias(line, _corner(tile, query.shape[2]))
+        outputs.append(kernel(q, k, v, bias, scaling, dropout).flip(2))
     return torch.cat(outputs, dim=2)
 
 
@@ -284,12 +291,15 @@ def _with_dense_rows(states: Tensor) -> Tensor:
     return states if states.stride(-1) == 1 else states.contiguous()
 
 
+def _corner(tile: Tile, num_queries: int) -> int:
+    """Returns where the line has the bias of the tile's last query and first key."""
+    return num_queries - tile.queries.stop + tile.keys.start
+
+
 class _TiledAttention(torch.autograd.Function):
     """The tiles through the CPU's flash kernel, with gradients summed in place.
 
-    Autograd by itself would hold a padded copy of all keys' gradients for every tile. And gradients, unlike a
-    softmax, are sums over keys: backward goes through those that all queries of a block see, and then through those
-    of which half are hidden.
+    Autograd by itself would hold a padded copy of all keys' gradients for every tile.
     """
 
     @staticmethod
@@ -299,16 +309,17 @@ class _TiledAttention(torch.autograd.Function):
         batch, heads, num_queries, head_dim = query.shape
         output = query.new_empty(batch, num_queries, heads, head_dim).transpose(1, 2)
         logsumexp = line.new_empty(batch, heads, num_queries)
-        bias = tile_biases(line, num_queries)
-        for tile in merged(tiles(query, key, windows, FORWARD_SHARE)):
-            q, k, v = tile.of_queries(query), tile.of_keys(key), tile.of_keys(value)
-            mask = bias(tile).expand(batch, q.shape[1], -1, -1)
+        for tile in joined(query_tiles(query, key, windows)):
+            q = tile.of_queries(query).flip(2)
             results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, is_causal=tile.is_square, attn_mask=mask, scale=scaling
+                q,
+                tile.of_keys(key),
+                tile.of_keys(value),
+                attn_mask=tile.bias(line, _corner(tile, num_queries)).expand(batch, q.shape[1], -1, -1),
+                scale=scaling,
             )
             for into, result in zip((output, logsumexp), results, strict=True):
-                place, states = tile.at_queries(into, result)
-                place.copy_(states)
+                tile.of_queries(into).copy_(result.flip(2))
         ctx.save_for_backward(query, key, value, line, output, logsumexp)
         ctx.scaling, ctx.windows = scaling, windows
         return output
@@ -319,24 +330,23 @@ class _TiledAttention(torch.autograd.Function):
         query, key, value, line, output, logsumexp = ctx.saved_tensors
         grad_output = _with_dense_rows(grad_output)
         grads = [torch.zeros_like(states, dtype=line.dtype) for states in (query, key, value)]
-        bias = tile_biases(line, query.shape[2])
-        plan = merged(tiles(query, key, ctx.windows, BACKWARD_SHARE))
-        for tile in chain.from_iterable(whole.parts() for whole in plan):
+        reverse = line.flip(1)
+        for tile in map(in_pieces, joined(key_tiles(query, key, ctx.windows))):
             q = tile.of_queries(query)
+            corner = line.shape[1] - query.shape[2] + tile.queries.start - tile.keys.stop + 1
             dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 tile.of_queries(grad_output),
                 q,
-                tile.of_keys(key),
-                tile.of_keys(value),
+                tile.of_keys(key).flip(2),
+                tile.of_keys(value).flip(2),
                 tile.of_queries(output),
                 tile.of_queries(logsumexp),
                 0.0,
-                tile.is_square,
-                attn_mask=bias(tile).expand(len(query), q.shape[1], -1, -1),
+                False,
+                attn_mask=tile.bias(reverse, corner).expand(len(query), q.shape[1], -1, -1),
                 scale=ctx.scaling,
             )
-            place, states = tile.at_queries(grads[0], dq)
-            place += states
-            tile.add_keys(grads[1], dk)
-            tile.add_keys(grads[2], dv)
+            tile.add_queries(grads[0], dq)
+            tile.add_keys(grads[1], dk.flip(2))
+            tile.add_keys(grads[2], dv.flip(2))
         return *(grad.to(query.dtype) for grad in grads), None, None, None

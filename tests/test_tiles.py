@@ -14,8 +14,15 @@ HEAD_DIM, SCALING = 8, 8**-0.5
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles so small that a text of some hundred tokens has all kinds of them."""
-    monkeypatch.setattr(tiles, "QUERY_BLOCK", 16)
-    monkeypatch.setattr(tiles, "KEY_GRAIN", 4)
+    for name, size in {
+        "NEAR_BLOCK": 8,
+        "FAR_BLOCK": 32,
+        "FAR": 128,
+        "KEY_BLOCK": 16,
+        "FULL_SPEED": 24,
+        "GRAIN": 4,
+    }.items():
+        monkeypatch.setattr(tiles, name, size)
 
 
 @pytest.mark.parametrize("windowed", [False, True], ids=["everything", "windows"])
@@ -40,23 +47,38 @@ def test_output_and_gradients(heads: int, kv_heads: int, length: int, past: int,
         torch.testing.assert_close(actual, exact, rtol=0, atol=1e-12)
 
 
+WINDOWS = [10, 10, 20, 40, 80, 160, 320, 640]
+
+
+def seen_pairs(plan: list[tiles.Tile], length: int) -> torch.Tensor:
+    """Returns how often tiles have each query and key, `[heads, queries, keys]`."""
+    seen = torch.zeros(len(WINDOWS), length, length, dtype=torch.int8)
+    for tile in plan:
+        for block in range(tile.blocks):
+            query, key = tile.queries.start + block * tile.query_step, tile.keys.start + block * tile.key_step
+            seen[tile.heads, query : query + tile.num_queries, key : key + tile.num_keys] += 1
+    return seen
+
+
+@pytest.mark.parametrize("length", [63, 700])
+def test_tiles_have_every_pair_in_the_window_once(length: int) -> None:
+    states = torch.empty(1, len(WINDOWS), length, HEAD_DIM)
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    forward = tiles.joined(tiles.query_tiles(states, states, WINDOWS))
+    backward = list(map(tiles.in_pieces, tiles.joined(tiles.key_tiles(states, states, WINDOWS))))
+    for plan in (forward, backward):
+        seen = seen_pairs(plan, length)
+        assert seen.max() == 1, "a key is counted twice"
+        for head, window in enumerate(WINDOWS):
+            assert seen[head][(distance >= 0) & (distance <= window)].all(), "a key in the window is left out"
+
+
 def test_a_long_text_has_tiles_of_every_kind() -> None:
-    states = torch.empty(1, 8, 700, HEAD_DIM)
-    windows = [10, 10, 20, 40, 80, 160, 320, 640]
-    plan = tiles.merged(tiles.tiles(states, states, windows, share=1 / 2))
-    parts = [part for tile in plan for part in tile.parts()]
-    assert any(tile.blocks == tiles.MAX_BLOCKS for tile in plan)
-    assert any(tile.blocks == 1 and tile.heads.stop - tile.heads.start > 1 for tile in plan)
-    assert {tile.num_queries for tile in plan} >= {8, 32}
-    assert {part.is_square for part in parts} == {True, False}
-    seen = torch.zeros(8, 700, 700, dtype=torch.int8)
-    for part in parts:
-        for block in range(part.blocks):
-            first_query = part.queries.start + block * part.num_queries
-            first_key = part.keys.start + block * part.num_queries
-            rows = slice(first_query, first_query + part.num_queries)
-            seen[part.heads, rows, first_key : first_key + part.num_keys] += 1
-    assert seen.max() == 1, "a key is counted twice"
-    distance = torch.arange(700)[:, None] - torch.arange(700)
-    for head, window in enumerate(windows):
-        assert seen[head][(distance >= 0) & (distance <= window)].all(), "a key in the window is left out"
+    states = torch.empty(1, len(WINDOWS), 700, HEAD_DIM)
+    forward = tiles.joined(tiles.query_tiles(states, states, WINDOWS))
+    backward = list(map(tiles.in_pieces, tiles.joined(tiles.key_tiles(states, states, WINDOWS))))
+    assert {tile.num_queries for tile in forward} >= {tiles.NEAR_BLOCK, tiles.FAR_BLOCK}
+    for plan in (forward, backward):
+        assert any(tile.blocks == tiles.MAX_BLOCKS for tile in plan)
+        assert any(not tile.is_of_one_head for tile in plan)
+    assert any(tile.blocks > 1 and not tile.key_step for tile in backward), "no tile is cut into pieces"
