@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import resource
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -155,6 +156,8 @@ def compare(
         if yardstick in times:
             ratios = (mine / its for mine, its in zip(milliseconds, times[yardstick], strict=True))
             records[name][RATIO] = median(ratios)
+    found = (f"{name} {median(milliseconds):,.2f} ms" for name, milliseconds in times.items())
+    tqdm.write(f"{label}: {', '.join(found)}", file=sys.stderr)  # the table comes at the very end
     return records
 
 

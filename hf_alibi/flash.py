@@ -92,10 +92,9 @@ def alibi_flash_attention(
     batch, num_queries = query.shape[:2]
     if layout.segments is not None:
         key, value = key[:, :num_queries], value[:, :num_queries]
-    shared = {} if layout.shared is None else layout.shared
-    if "runs" not in shared:
-        shared["runs"] = find_runs(layout, batch)
-    runs = shared["runs"]
+    if "runs" not in layout.shared:
+        layout.shared["runs"] = find_runs(layout, batch)
+    runs = layout.shared["runs"]
     output = flash_attn_varlen_func(
         query.flatten(0, 1)[runs.queries],
         key.flatten(0, 1)[runs.keys],

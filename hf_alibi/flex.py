@@ -102,10 +102,10 @@ def _bias(
         bias = _lookup(layout.dense_bias(slopes).expand(len(query), -1, -1, -1))
         return None, lambda score, b, h, q, k: score + bias(b, h, q, k)
 
-    shared = {} if layout.shared is None else layout.shared
-    if None not in shared:
-        shared[None] = _visibility(layout, len(query), query.shape[2], key.shape[2])
-    distance, mask = shared[None]
+    shared = layout.shared
+    if "visibility" not in shared:
+        shared["visibility"] = _visibility(layout, len(query), query.shape[2], key.shape[2])
+    distance, mask = shared["visibility"]
     if windows is not None:
         limits = tuple(min(window // BLOCK + 1, mask.kv_indices.shape[-1]) for window in windows)
         if limits not in shared:

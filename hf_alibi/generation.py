@@ -29,12 +29,22 @@ class AlibiGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Makes the windowed cache unless another is asked for, or keys beyond the windows cannot be let go."""
+        """Makes the windowed cache unless another is asked for, or keys beyond the windows cannot be let go.
+
+        Raises:
+            ValueError: If an offloaded cache is asked for where there is nothing to offload it from.
+        """
+        implementation = generation_config.cache_implementation
+        if self.model.device.type == "cpu" and implementation in ("offloaded", "offloaded_static"):
+            raise ValueError(
+                f"cache_implementation={implementation!r} moves keys from an accelerator to the CPU, where this model "
+                "is already; leave it out, or move the model."
+            )
         is_given = model_kwargs.get("past_key_values") is not None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
-        is_default = generation_config.cache_implementation in (None, "offloaded") and not is_given
+        is_default = implementation in (None, "offloaded") and not is_given
         if is_default and generation_config.use_cache:
-            cache = self.model.windowed_cache(offloading=generation_config.cache_implementation == "offloaded")
+            cache = self.model.windowed_cache(offloading=implementation == "offloaded")
             if cache is not None:
                 if generation_config.is_assistant:
                     cache.activate_past_recording()

@@ -25,6 +25,7 @@ class TokenLayout(NamedTuple):
         slopes: `[heads]`, the slopes of all query heads.
         queries: `[batch or 1, queries]`, positions.
         keys: `[batch or 1, keys]`, positions.
+        shared: Where attention implementations keep what they work out once for all layers of the pass.
         first: `[batch, queries]`, the position where the query's document starts; `None`: at the beginning.
         key_mask: `[batch, keys]`, False at padding; `None`: no padding.
         mask: `[batch or 1, heads or 1, queries, keys]`, the caller's own: boolean, True for visible, or
@@ -35,20 +36,18 @@ class TokenLayout(NamedTuple):
             causally within itself and nowhere else; `None`: no such runs. Tokens outside are padding.
         requests: Of each request of continuous batching the queries, which are the last of its keys, and the keys;
             `None`: no continuous batching. `mask` says the same.
-        shared: Where attention implementations keep what they work out once for all layers of the pass;
-            `None`: nowhere.
     """
 
     slopes: Tensor
     queries: Tensor
     keys: Tensor
+    shared: dict[Any, Any]
     first: Tensor | None = None
     key_mask: Tensor | None = None
     mask: Tensor | None = None
     length: int | None = None
     segments: list[tuple[int, int]] | None = None
     requests: list[tuple[slice, slice]] | None = None
-    shared: dict[Any, Any] | None = None
 
     def visible(self, rows: slice = slice(None)) -> Tensor:
         """Returns which keys the queries in `rows` see, `[batch or 1, 1, rows, keys]`, without `mask`."""
@@ -71,7 +70,6 @@ class TokenLayout(NamedTuple):
 
     def clear_from(self) -> int:
         """Returns the position from which on nothing but the future is hidden; worked out once for all layers."""
-        assert self.shared is not None
         if "clear_from" not in self.shared:
             hidden = torch.zeros_like(self.keys, dtype=torch.bool) if self.key_mask is None else ~self.key_mask
             if self.first is not None:
@@ -140,7 +138,7 @@ def token_layout(
     if attention_mask is None and position_ids is None:
         unknown = isinstance(past, Tensor) or torch.compiler.is_exporting()
         length = None if unknown else past + num_queries
-        return TokenLayout(slopes, slots, keys, length=length, shared={})
+        return TokenLayout(slopes, slots, keys, {}, length=length)
 
     queries, key_mask, first = slots, None, None
     if attention_mask is not None:
@@ -149,7 +147,7 @@ def token_layout(
         queries = keys.gather(1, slots.expand(batch, -1))
     if position_ids is not None:
         first = (queries - position_ids.to(device)).expand(batch, -1)
-    layout = TokenLayout(slopes, queries, keys, first, key_mask, shared={})
+    layout = TokenLayout(slopes, queries, keys, {}, first, key_mask)
     if tracing:
         return layout
     return _simplified(layout, past, past + num_queries)
@@ -168,8 +166,8 @@ def _custom_layout(
     if position_ids is not None:
         queries = position_ids.to(slots.device)
         keys = keys.repeat(queries.shape[0], 1).index_copy_(1, slots[0], queries)
-        return TokenLayout(slopes, queries, keys, mask=mask)
-    return TokenLayout(slopes, slots, keys, mask=mask)
+        return TokenLayout(slopes, queries, keys, {}, mask=mask)
+    return TokenLayout(slopes, slots, keys, {}, mask=mask)
 
 
 def _cover(mask: Tensor, past: int | Tensor, num_queries: int, num_keys: int) -> Tensor:

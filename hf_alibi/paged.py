@@ -102,7 +102,7 @@ def paged_layout(
     (key_bounds,) = cu_seq_lens_k.values()
     slots = torch.arange(attention_mask.shape[-1], dtype=key_bounds.dtype, device=key_bounds.device)
     starts = key_bounds[torch.searchsorted(key_bounds, slots, right=True) - 1]
-    layout = TokenLayout(slopes, position_ids, (slots - starts)[None], mask=attention_mask)
+    layout = TokenLayout(slopes, position_ids, (slots - starts)[None], {}, mask=attention_mask)
     if torch.compiler.is_compiling():
         return layout
     query_runs, key_runs = _runs(cu_seq_lens_q), _runs(key_bounds)

@@ -24,7 +24,7 @@ def end_of_cache(heads: int, queries: int, keys: int, device: str = "cpu") -> To
     """The layout of the last queries of a text whose other tokens are in a cache."""
     positions = torch.arange(keys, device=device)[None]
     slopes = torch.tensor(alibi_slopes(heads), device=device)
-    return TokenLayout(slopes, positions[:, -queries:], positions, length=keys, shared={})
+    return TokenLayout(slopes, positions[:, -queries:], positions, {}, length=keys)
 
 
 def documents(sizes: list[list[int]]) -> Tensor:

@@ -119,7 +119,7 @@ def test_queries_at_the_end_of_a_cache_get_their_rows(backend: str, queries: int
     query, key, value = states(heads, heads, queries, keys)
     positions = torch.arange(keys)[None]
     slopes = torch.tensor(alibi_slopes(heads), dtype=torch.float64)
-    layout = TokenLayout(slopes, positions[:, -queries:], positions, length=keys)
+    layout = TokenLayout(slopes, positions[:, -queries:], positions, {}, length=keys)
     expected = oracle.attention(query, key, value, oracle.paper_slopes(heads), SCALING)
     torch.testing.assert_close(attend(backend, query, key, value, layout), expected, rtol=0, atol=1e-13)
 

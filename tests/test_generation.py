@@ -177,6 +177,12 @@ def test_a_quantized_cache_is_off_by_its_rounding_only(make_model: ModelFactory)
     assert 1e-4 < error < 0.15, "keys and values are rounded to 4 bits"
 
 
+@pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
+def test_there_is_nothing_to_offload_from_the_cpu(model: AlibiGPTForCausalLM, implementation: str) -> None:
+    with pytest.raises(ValueError, match="leave it out"):
+        model.generate(prompt(), max_new_tokens=1, cache_implementation=implementation)
+
+
 def test_attention_weights_need_eager_and_get_it(make_model: ModelFactory) -> None:
     eager = make_model(**SHAPE)
     eager.set_attn_implementation("eager")

@@ -208,3 +208,13 @@ def test_a_static_cache_generates_what_a_dynamic_one_does(make_model: ModelFacto
     expected = model.generate(input_ids, max_new_tokens=10, do_sample=False)
     static = model.generate(input_ids, max_new_tokens=10, do_sample=False, cache_implementation="static")
     assert torch.equal(static, expected)
+
+
+@pytest.mark.parametrize("length", [20, 700])
+def test_an_offloaded_cache_generates_what_others_do(make_model: ModelFactory, length: int) -> None:
+    slopes = [4.0, 2.0, 1.0, 0.5, 3.0, 0.7]  # steep enough for most keys to leave their windows
+    model = make_model(num_attention_heads=6, alibi_slopes=slopes).to(DEVICE)
+    input_ids = torch.randint(3, 97, (2, length), device=DEVICE)
+    expected = model.generate(input_ids, max_new_tokens=40, do_sample=False, cache_implementation="dynamic")
+    offloaded = model.generate(input_ids, max_new_tokens=40, do_sample=False, cache_implementation="offloaded")
+    assert torch.equal(offloaded, expected)
