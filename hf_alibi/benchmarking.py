@@ -77,6 +77,7 @@ COLUMNS = {
 
 MIB, GIB = 2**20, 2**30
 WARM_UP_CALLS = 2  # the first may load and compile, the second tells how long a call takes
+LONG_CALL = 5.0  # seconds
 SECONDS_A_TURN = 0.1  # shorter calls are repeated within a turn until it takes about that long
 # What failing allocations, kernels and missing packages raise; a process that dies of a call is a RuntimeError too.
 FAILURES = (RuntimeError, ValueError, MemoryError, ImportError)
@@ -174,6 +175,8 @@ def warmed_up(call: Callable[[], object], how: MeasuringArguments, repeats: int 
 
     for _ in range(WARM_UP_CALLS):
         seconds = turn(1)
+        if seconds > LONG_CALL:
+            break  # it is warm from its own beginning
     calls_a_turn = repeats or math.ceil(SECONDS_A_TURN / seconds)
     return lambda: turn(calls_a_turn)
 

@@ -83,13 +83,11 @@ class Tile(NamedTuple):
 
     def add_queries(self, into: Tensor, states: Tensor) -> None:
         """Adds states as `of_queries` cuts them to their place; those of blocks may overlap."""
-        for block, part in enumerate(states.chunk(self.blocks, dim=1)):
-            into[:, self.heads, self.queries.start + block * self.query_step :][:, :, : self.num_queries] += part
+        _add(into[:, self.heads], self.queries, self.blocks, self.query_step, states)
 
     def add_keys(self, into: Tensor, states: Tensor) -> None:
         """Adds states as `of_keys` cuts them to their place; those of blocks may overlap."""
-        for block, part in enumerate(states.chunk(self.blocks, dim=1)):
-            into[:, self.kv_heads, self.keys.start + block * self.key_step :][:, :, : self.num_keys] += part
+        _add(into[:, self.kv_heads], self.keys, self.blocks, self.key_step, states)
 
 
 def _cut(states: Tensor, rows: slice, blocks: int, step: int) -> Tensor:
@@ -99,6 +97,11 @@ def _cut(states: Tensor, rows: slice, blocks: int, step: int) -> Tensor:
         return states[:, :, rows].expand(-1, blocks, *(-1 for _ in states.shape[2:]))
     last = rows.stop + (blocks - 1) * step
     return states[:, 0, rows.start : last].unfold(1, rows.stop - rows.start, step).movedim(-1, 2)
+
+
+def _add(into: Tensor, rows: slice, blocks: int, step: int, states: Tensor) -> None:
+    for block, part in enumerate(states.chunk(blocks, dim=1)):
+        into[:, :, rows.start + block * step : rows.stop + block * step] += part
 
 
 def query_tiles(query: Tensor, key: Tensor, windows: list[int] | None) -> Iterator[Tile]:
@@ -128,7 +131,8 @@ def key_tiles(query: Tensor, key: Tensor, windows: list[int] | None) -> Iterator
     num_queries, num_keys = query.shape[2], key.shape[2]
     past = num_keys - num_queries
     reach, size = _reach(query, key, windows), query.shape[1] // key.shape[1]
-    for stop in range(num_keys, 0, -KEY_BLOCK):  # from the end, so that what is left of the queries is in full blocks
+    # The first may be shorter, so that what is left of the queries is whole blocks.
+    for stop in range((num_keys - 1) % KEY_BLOCK + 1, num_keys + 1, KEY_BLOCK):
         start = max(0, stop - KEY_BLOCK)
         first = max(0, start - past)
         for last, group in groupby(range(len(reach)), key=lambda head: min(num_queries, stop - past + reach[head])):
@@ -156,14 +160,15 @@ def _reach(query: Tensor, key: Tensor, windows: list[int] | None) -> list[int]:
 def joined(tiles: Iterable[Tile]) -> list[Tile]:
     """Makes blocks of the tiles of single heads, which windows make alike, for the kernel's threads to share."""
     result: list[Tile] = []
-    for tile in sorted(
-        tiles, key=lambda tile: (tile.heads.start, tile.heads.stop, tile.queries.stop + tile.keys.stop)
-    ):
-        longer = _with_block(result[-1], tile) if result else None
+    latest: dict[tuple[int, int], int] = {}  # where the tile before it is that has the same heads
+    for tile in tiles:
+        heads = tile.heads.start, tile.heads.stop
+        longer = _with_block(result[latest[heads]], tile) if heads in latest else None
         if longer is None:
+            latest[heads] = len(result)
             result.append(tile)
         else:
-            result[-1] = longer
+            result[latest[heads]] = longer
     return result
 
 
