@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
@@ -253,8 +254,18 @@ def local_slopes(module: Any, slopes: Tensor, num_heads: int) -> Tensor:
     if num_heads == len(slopes):
         return slopes
     mesh = module.q_proj.weight.device_mesh
-    rank = mesh.get_local_rank("tp" if mesh.ndim > 1 else None)
+    mesh = mesh["tp"] if mesh.ndim > 1 else mesh
+    if slopes.requires_grad:
+        slopes = slopes.view_as(slopes)  # a tensor of this layer's own, whose gradient is of the rank's heads only
+        slopes.register_hook(lambda grad: _sum_of_ranks(grad, mesh.get_group()))
+    rank = mesh.get_local_rank()
     return slopes[rank * num_heads : (rank + 1) * num_heads]
+
+
+def _sum_of_ranks(states: Tensor, group: Any) -> Tensor:
+    total = states.clone()
+    dist.all_reduce(total, group=group)
+    return total
 
 
 class AlibiAttentionInterface(AttentionInterface):
@@ -279,8 +290,8 @@ class AlibiAttentionInterface(AttentionInterface):
         """
         if attn_implementation not in self:
             raise ValueError(
-                f"attn_implementation={attn_implementation!r} does not know ALiBi and would drop the bias; "
-                f"choose one of {', '.join(self)}."
+                f'Specified `attn_implementation="{attn_implementation}"` is not supported: it does not know ALiBi '
+                f"and would drop the bias; choose one of {', '.join(self)}."
             )
         return self[attn_implementation]
 

@@ -77,7 +77,7 @@ def alibi_flex_attention(
         score_mod=biased,
         block_mask=mask,
         scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=bool(query.shape[1] != key.shape[1]),  # an exporter may have a symbol for it
         # The kernel for short queries fails where many heads share keys; a single query needs it most.
         kernel_options={"BACKEND": "TRITON"} if query.shape[2] > 1 else None,
     )

@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+from torch import Tensor
 from transformers.generation import (
     ContinuousBatchingConfig,
     GenerationConfig,
@@ -43,7 +44,7 @@ class AlibiGenerationMixin(GenerationMixin):
         is_given = model_kwargs.get("past_key_values") is not None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         is_default = implementation in (None, "offloaded") and not is_given
-        if is_default and generation_config.use_cache:
+        if is_default and generation_config.use_cache and _sees_newest_keys(model_kwargs.get("attention_mask")):
             cache = self.model.windowed_cache(offloading=implementation == "offloaded")
             if cache is not None:
                 if generation_config.is_assistant:
@@ -64,6 +65,13 @@ class AlibiGenerationMixin(GenerationMixin):
         given = continuous_batching_config or getattr(generation_config, "continuous_batching_config", None)
         return super().init_continuous_batching(generation_config, paged_config(self.config, given), workload_hints)
 
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Any, model_kwargs: dict[str, Any]) -> Any:
+        """Lets positions go on after padding, on the right too, where those of Transformers would start again."""
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 2:
+            return (mask.long().cumsum(-1) - 1).clamp(min=0)
+        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+
     # `generate` takes max_position_embeddings for a limit: it would cut its default length there, and warn beyond.
 
     def _prepare_generated_length(  # type: ignore[override]
@@ -81,3 +89,10 @@ class AlibiGenerationMixin(GenerationMixin):
             if isinstance(criterion, MaxLengthCriteria):
                 criterion.max_position_embeddings = None
         return criteria
+
+
+def _sees_newest_keys(attention_mask: Tensor | None) -> bool:
+    """Whether padding is in front only: elsewhere, keys that a head sees may lie further back than its window."""
+    if attention_mask is None:
+        return True
+    return attention_mask.dim() == 2 and bool((attention_mask.long().diff(dim=-1) >= 0).all())

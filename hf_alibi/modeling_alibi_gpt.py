@@ -154,7 +154,6 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_flash_attn = True
     _can_compile_fullgraph = True
-    _keep_in_fp32_modules_strict = ["bias_log_slopes"]
     _can_record_outputs = {"hidden_states": AlibiGPTDecoderLayer, "attentions": AlibiGPTAttention}
     _auto_map = {
         "AutoConfig": "configuration_alibi_gpt.AlibiGPTConfig",
@@ -221,6 +220,7 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         if config.alibi_slopes_trainable:
             # Logarithms keep slopes positive; "bias" in the name keeps weight decay away.
             self.bias_log_slopes = nn.Parameter(torch.empty(config.num_attention_heads))
+            self._keep_in_fp32_modules_strict = {"bias_log_slopes"}
         self.gradient_checkpointing = False
         self.post_init()
 

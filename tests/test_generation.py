@@ -126,6 +126,20 @@ def test_prompts_of_unequal_length(model: AlibiGPTForCausalLM, how: dict[str, An
         assert torch.equal(row[longest - alone.shape[1] :], greedy(model, alone)[0])
 
 
+@pytest.mark.parametrize("how", [{}, {"cache_implementation": "dynamic"}, {"use_cache": False}], ids=str)
+def test_prompts_padded_on_the_right(model: AlibiGPTForCausalLM, how: dict[str, Any]) -> None:
+    input_ids = prompt(60, batch=3)
+    mask = (torch.arange(60) < torch.tensor([60, 41, 7])[:, None]).long()
+    with torch.no_grad():
+        expected = input_ids
+        for step in range(NEW):
+            seen = torch.nn.functional.pad(mask, (0, step), value=1)
+            last = model(expected, attention_mask=seen, use_cache=False).logits[:, -1]
+            expected = torch.cat([expected, last.argmax(-1, keepdim=True)], 1)
+    found = model.generate(input_ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, **how)
+    assert torch.equal(found, expected)
+
+
 def test_continuing_from_a_returned_cache(model: AlibiGPTForCausalLM) -> None:
     expected = greedy(model, prompt(), 3 * NEW)
     input_ids, past = prompt(), None

@@ -1,4 +1,4 @@
-"""Tensor parallelism: every rank adds the slopes of its own heads."""
+"""Tensor parallelism: every rank adds the slopes of its own heads, and gradients are those of all ranks."""
 
 import os
 import subprocess
@@ -26,16 +26,24 @@ input_ids = torch.arange(3, 63)[None]
 with torch.no_grad():
     logits = model(input_ids).logits
     cached = model.generate(input_ids, max_new_tokens=8)
+model(input_ids, labels=input_ids).loss.backward()
+gradients = {}
+for name, parameter in model.named_parameters():
+    gradient = parameter.grad
+    gradients[name] = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
 if dist.get_rank() == 0:
-    save_file({"logits": logits, "generated": cached}, sys.argv[2])
+    save_file({"logits": logits, "generated": cached} | gradients, sys.argv[2])
 dist.destroy_process_group()
 """
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("trainable", [False, True], ids=["fixed slopes", "trainable slopes"])
 @pytest.mark.parametrize("heads", [(6, 6), (12, 4)], ids=["6-heads", "12-heads-grouped"])
-def test_two_ranks_compute_what_one_does(make_model: ModelFactory, tmp_path: Path, heads: tuple[int, int]) -> None:
-    model = make_model(num_attention_heads=heads[0], num_key_value_heads=heads[1])
+def test_two_ranks_compute_what_one_does(
+    make_model: ModelFactory, tmp_path: Path, heads: tuple[int, int], trainable: bool
+) -> None:
+    model = make_model(num_attention_heads=heads[0], num_key_value_heads=heads[1], alibi_slopes_trainable=trainable)
     model.save_pretrained(tmp_path / "model")
     program, result = tmp_path / "program.py", tmp_path / "result.safetensors"
     program.write_text(PROGRAM)
@@ -47,3 +55,7 @@ def test_two_ranks_compute_what_one_does(make_model: ModelFactory, tmp_path: Pat
     expected = model(input_ids).logits
     torch.testing.assert_close(parallel["logits"], expected, rtol=0, atol=1e-5 * expected.abs().max().item())
     assert torch.equal(parallel["generated"], model.generate(input_ids, max_new_tokens=8))
+    model(input_ids, labels=input_ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        scale = parameter.grad.abs().max().item()
+        torch.testing.assert_close(parallel[name], parameter.grad, rtol=0, atol=1e-4 * scale, msg=name)
