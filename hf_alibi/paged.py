@@ -1,8 +1,8 @@
 """Continuous batching: requests join and leave the batch at every step, and share the pages of one cache.
 
-Transformers (5.19 or newer) lays the new tokens of all requests in one row, and the keys that these see, read out
-of the pages, in another. The queries of a request are the last of its keys, so in both rows a request is a causal
-text by itself, and gets the tokens that `generate` gives to it alone:
+Transformers lays the new tokens of all requests in one row, and the keys that these see, read out of the pages, in
+another. The queries of a request are the last of its keys, so in both rows a request is a causal text by itself, and
+gets the tokens that `generate` gives to it alone:
 
     settings = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=512)  # of the cache; of a pass
     outputs = model.generate_batch([[5, 6, 7], [8, 9]], max_new_tokens=20, continuous_batching_config=settings)
