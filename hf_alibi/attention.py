@@ -22,8 +22,11 @@ from .cache import HeldKeys
 from .flash import alibi_flash_attention
 from .flex import alibi_flex_attention
 from .layout import TokenLayout
-from .tiles import KEY_BLOCK, attention_in_runs, causal_attention, kernel
+from .tiles import attention_in_runs, causal_attention, kernel
 from .windows import head_windows, norm_bounds, qk_norm_bound
+
+QUERY_BLOCK = 512  # queries that get a stored bias at a time; fewer are not worth looking at norms for windows
+FEW_KEYS = 1024  # up to so many there is little to win by leaving some out
 
 
 def eager_attention_forward(
@@ -119,7 +122,7 @@ def flex_attention_forward(
     slopes = local_slopes(module, attention_mask.slopes, query.shape[1])
     query, key, value = _prepared(query, key, value, attention_mask)
     windows = None
-    if query.shape[2] >= KEY_BLOCK:  # a few queries are not worth waiting for the windows
+    if query.shape[2] >= QUERY_BLOCK:  # a few queries are not worth waiting for the windows
         windows = lossless_windows(module, query, key, slopes, scaling)
     with torch.autocast(query.device.type, enabled=False):
         output = alibi_flex_attention(query, key, value, slopes, scaling, attention_mask, windows)
@@ -173,12 +176,12 @@ def lossless_windows(module: Any, query: Tensor, key: Tensor, slopes: Tensor, sc
     worth their cost for many queries only.
     """
     tolerance = module.config.window_tolerance
-    is_short = key.shape[2] <= 2 * KEY_BLOCK
+    is_short = key.shape[2] <= FEW_KEYS
     if not tolerance or is_short or torch.compiler.is_compiling():
         return None
     if module.config.qk_norm:
         bounds = [qk_norm_bound(module.q_norm.weight, module.k_norm.weight)] * query.shape[1]
-    elif query.shape[2] >= KEY_BLOCK:
+    elif query.shape[2] >= QUERY_BLOCK:
         bounds = norm_bounds(query, key, scaling)
     else:
         return None
@@ -216,7 +219,7 @@ def _masked(
     layout: TokenLayout,
 ) -> Tensor:
     """Anything else: a stored bias, for one block of queries at a time."""
-    block = query.shape[2] if torch.compiler.is_exporting() else KEY_BLOCK
+    block = query.shape[2] if torch.compiler.is_exporting() else QUERY_BLOCK
     outputs = []
     for start in range(0, query.shape[2], block):
         rows = slice(start, start + block)

@@ -154,7 +154,8 @@ def _reach(query: Tensor, key: Tensor, windows: list[int] | None) -> list[int]:
         return [num_keys] * kv_heads
     size = query.shape[1] // kv_heads
     furthest = [max(windows[size * head : size * (head + 1)]) for head in range(kv_heads)]
-    return [max(KEY_BLOCK // 2, -(-window // GRAIN) * GRAIN) for window in furthest]
+    least = FULL_SPEED - KEY_BLOCK  # what a block of keys then has for queries, the kernel takes at full speed
+    return [max(least, -(-window // GRAIN) * GRAIN) for window in furthest]
 
 
 def joined(tiles: Iterable[Tile]) -> list[Tile]:

@@ -50,6 +50,13 @@ def test_output_and_gradients(heads: int, kv_heads: int, length: int, past: int,
 WINDOWS = [10, 10, 20, 40, 80, 160, 320, 640]
 
 
+def plans(length: int) -> tuple[list[tiles.Tile], list[tiles.Tile]]:
+    """Returns the tiles of forward and of backward."""
+    states = torch.empty(1, len(WINDOWS), length, HEAD_DIM)
+    forward = tiles.joined(tiles.query_tiles(states, states, WINDOWS))
+    return forward, list(map(tiles.in_pieces, tiles.joined(tiles.key_tiles(states, states, WINDOWS))))
+
+
 def seen_pairs(plan: list[tiles.Tile], length: int) -> torch.Tensor:
     """Returns how often tiles have each query and key, `[heads, queries, keys]`."""
     seen = torch.zeros(len(WINDOWS), length, length, dtype=torch.int8)
@@ -62,11 +69,8 @@ def seen_pairs(plan: list[tiles.Tile], length: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("length", [63, 700])
 def test_tiles_have_every_pair_in_the_window_once(length: int) -> None:
-    states = torch.empty(1, len(WINDOWS), length, HEAD_DIM)
     distance = torch.arange(length)[:, None] - torch.arange(length)
-    forward = tiles.joined(tiles.query_tiles(states, states, WINDOWS))
-    backward = list(map(tiles.in_pieces, tiles.joined(tiles.key_tiles(states, states, WINDOWS))))
-    for plan in (forward, backward):
+    for plan in plans(length):
         seen = seen_pairs(plan, length)
         assert seen.max() == 1, "a key is counted twice"
         for head, window in enumerate(WINDOWS):
@@ -74,9 +78,7 @@ def test_tiles_have_every_pair_in_the_window_once(length: int) -> None:
 
 
 def test_a_long_text_has_tiles_of_every_kind() -> None:
-    states = torch.empty(1, len(WINDOWS), 700, HEAD_DIM)
-    forward = tiles.joined(tiles.query_tiles(states, states, WINDOWS))
-    backward = list(map(tiles.in_pieces, tiles.joined(tiles.key_tiles(states, states, WINDOWS))))
+    forward, backward = plans(700)
     assert {tile.num_queries for tile in forward} >= {tiles.NEAR_BLOCK, tiles.FAR_BLOCK}
     for plan in (forward, backward):
         assert any(tile.blocks == tiles.MAX_BLOCKS for tile in plan)
