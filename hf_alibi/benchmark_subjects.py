@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -25,6 +25,7 @@ from transformers import (
     MptConfig,
     PreTrainedConfig,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .alibi import alibi_slopes
 from .attention import ALL_ATTENTION_FUNCTIONS
@@ -32,7 +33,9 @@ from .configuration_alibi_gpt import AlibiGPTConfig
 from .layout import token_layout
 from .modeling_alibi_gpt import AlibiGPTAttention
 
-CAUSAL, DENSE = "causal SDPA, no bias", "SDPA, stored ALiBi mask"
+CAUSAL = "causal SDPA, no bias"
+# A causal bias that every layer shares; and Transformers' way, where each layer makes its mask of bias and causality.
+STORED = DENSE, POSITION_BIAS = "SDPA, stored ALiBi mask", "Transformers' sdpa, position_bias"
 PEERS = LLAMA, GPT2, BLOOM, MPT = "Llama", "GPT-2", "BLOOM", "MPT"
 EAGER, WINDOWED = "ALiBi, eager", "ALiBi, sdpa, windows"
 OWN_CACHE, DYNAMIC_CACHE = "ALiBi, WindowedCache", "ALiBi, DynamicCache"
@@ -93,12 +96,15 @@ def attention_call(name: str, problem: Problem, backward: bool) -> Callable[[], 
 def _forward(name: str, problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
     if name == CAUSAL:
         return partial(F.scaled_dot_product_attention, query, key, value, is_causal=True)
-    if name == DENSE:
+    if name in STORED:
         rows = torch.arange(problem.length, device=problem.device)
-        # The first call makes the mask, and it stays: it counts as memory and not as time. So does what our
+        # The first call makes the bias, and it stays: it counts as memory and not as time. So does what our
         # backends share between the layers of a model.
-        stored_mask = cache(partial(problem.mask, rows, query.dtype))
-        return lambda: F.scaled_dot_product_attention(query, key, value, stored_mask())
+        stored = cache(partial(problem.mask, rows, query.dtype))
+        if name == DENSE:
+            return lambda: F.scaled_dot_product_attention(query, key, value, stored())
+        transformers_attend = partial(sdpa_attention_forward, nn.Module(), query, key, value, None, is_causal=True)
+        return lambda: transformers_attend(position_bias=stored())[0].transpose(1, 2)
     backend, tolerance = our_implementations()[name]
     hidden_size = problem.num_heads * problem.head_dim
     config = AlibiGPTConfig(hidden_size=hidden_size, num_attention_heads=problem.num_heads, window_tolerance=tolerance)

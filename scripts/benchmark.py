@@ -4,9 +4,9 @@
     python scripts/benchmark.py model --train_lengths 1024 4096 --prefill_lengths 4096 16384 --output_prefix runs/model
     python scripts/benchmark.py generation --contexts 1024 16384 65536 --output_prefix runs/generation
 
-attention: PyTorch's causal attention without any bias (the yardstick) and with a stored ALiBi mask, and our backends
-with and without head windows, on the same QK-normed input, forward and forward with backward. The error is the largest
-difference from float64.
+attention: PyTorch's causal attention without any bias (the yardstick) and with a stored ALiBi mask, Transformers' own
+with a stored `position_bias`, and our backends with and without head windows, on the same QK-normed input, forward and
+forward with backward. The error is the largest difference from float64.
 
 model: training steps (forward and backward of one sequence) and prefills (last logits and the cache) of ours and of
 Transformers' Llama (the yardstick), GPT-2, BLOOM and MPT at the same size; and how far the logits of our backends
@@ -81,7 +81,7 @@ class AttentionArguments(MeasuringArguments):
     backward: bool = field(default=True, metadata={"help": "Measure forward and backward too, not just forward."})
     num_heads: int = field(default=8, metadata={"help": "Attention heads."})
     head_dim: int = field(default=64, metadata={"help": "Width of a head."})
-    max_dense_length: int = field(default=8192, metadata={"help": "Longest length at which a mask is stored."})
+    max_dense_length: int = field(default=8192, metadata={"help": "Longest length at which a bias is stored."})
     error_rows: int = field(
         default=2048, metadata={"help": "Queries to compare with float64: all if not more, else evenly spaced ones."}
     )
@@ -201,11 +201,12 @@ def check(arguments: MeasuringArguments) -> None:
 def attention(arguments: AttentionArguments) -> Report:
     """Attention forward, and forward and backward."""
     ours = list(subjects.our_implementations(arguments.backends))
-    names = [subjects.CAUSAL, subjects.DENSE, *ours]
+    names = [subjects.CAUSAL, *subjects.STORED, *ours]
     records = []
     for dtype, length in product(arguments.dtypes, sorted(arguments.lengths)):
         problem = subjects.Problem(length, arguments.num_heads, arguments.head_dim, dtype, arguments.device)
-        skip = {subjects.DENSE: "longer than --max_dense_length"} if length > arguments.max_dense_length else {}
+        is_long = length > arguments.max_dense_length
+        skip = dict.fromkeys(subjects.STORED, "longer than --max_dense_length") if is_long else {}
         tasks = {"forward": False} | ({"forward and backward": True} if arguments.backward else {})
         for task, backward in tasks.items():
             calls = {name: partial(subjects.attention_call, name, problem, backward) for name in names}
@@ -213,7 +214,7 @@ def attention(arguments: AttentionArguments) -> Report:
             measured = compare(calls, subjects.CAUSAL, arguments, label=label, skip=skip)
             errors = {}
             if not backward:
-                able = [name for name in ours if measured[name][REASON] is None]
+                able = [name for name in (subjects.POSITION_BIAS, *ours) if measured[name][REASON] is None]
                 errors = subjects.max_errors([subjects.DENSE, *able], problem, arguments.error_rows)
             for name, record in measured.items():
                 records.append({TASK: task, DTYPE: dtype, LENGTH: length, **record, MAX_ERROR: errors.get(name)})
