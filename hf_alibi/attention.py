@@ -23,7 +23,7 @@ from .flash import alibi_flash_attention
 from .flex import alibi_flex_attention
 from .layout import TokenLayout
 from .tiles import attention_in_runs, causal_attention, kernel
-from .windows import head_windows, norm_bounds, qk_norm_bound
+from .windows import head_windows, norm_bounds, qk_norm_guarantee
 
 QUERY_BLOCK = 512  # queries that get a stored bias at a time; fewer are not worth looking at norms for windows
 FEW_KEYS = 1024  # up to so many there is little to win by leaving some out
@@ -180,12 +180,10 @@ def lossless_windows(module: Any, query: Tensor, key: Tensor, slopes: Tensor, sc
     if not tolerance or is_short or torch.compiler.is_compiling():
         return None
     if module.config.qk_norm:
-        bounds = [qk_norm_bound(module.q_norm.weight, module.k_norm.weight)] * query.shape[1]
-    elif query.shape[2] >= QUERY_BLOCK:
-        bounds = norm_bounds(query, key, scaling)
-    else:
-        return None
-    return head_windows(slopes.tolist(), bounds, tolerance)
+        return qk_norm_guarantee(slopes.tolist(), module.q_norm.weight, module.k_norm.weight, tolerance).windows
+    if query.shape[2] >= QUERY_BLOCK:
+        return head_windows(slopes.tolist(), norm_bounds(query, key, scaling), tolerance)
+    return None
 
 
 def _segmented(

@@ -19,7 +19,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .errors import UserError
 from .evaluation import Result
 from .modeling_alibi_gpt import AlibiGPTForCausalLM
-from .windows import WindowGuarantee, head_windows, qk_norm_bound
 
 PLOT_NAME = "perplexity_by_length.png"
 
@@ -237,38 +236,29 @@ def training(folder: Path, arguments: CardArguments) -> str:
 
 def architecture(model: AlibiGPTForCausalLM) -> str:
     """The table of the config."""
+    slopes = model.model.slopes(model.model.embed_tokens.weight).tolist()
     rows = [["Parameters", shown(model.num_parameters())]]
     rows += [[label, shown(getattr(model.config, name))] for name, label in CONFIG_FACTS.items()]
-    return table(["", ""], [*rows, ["Slopes of the heads", ", ".join(map(shown, slopes(model)))]])
-
-
-def slopes(model: AlibiGPTForCausalLM) -> list[float]:
-    """The slope of every query head, learned or not, with a linear scaling."""
-    learned = model.config.alibi_slopes_trainable
-    unscaled = model.model.bias_log_slopes.exp().tolist() if learned else model.config.slopes
-    return [slope / model.config.slope_divisor for slope in unscaled]
+    return table(["", ""], [*rows, ["Slopes of the heads", ", ".join(map(shown, slopes))]])
 
 
 def windows(model: AlibiGPTForCausalLM) -> str:
     """The windows of the heads, from the trained gains of the QK-norm, and what they guarantee."""
-    config = model.config
-    if not config.window_tolerance:
+    guarantees = model.model.window_guarantees()
+    if guarantees is not None:
+        widest = max(guarantees, key=lambda guarantee: guarantee.score_bound)
+        return (
+            "A head skips the keys that its bias makes invisible to a float. From the gains of the layer that needs "
+            f"the widest windows:\n\n```\n{widest}\n```"
+        )
+    if not model.config.window_tolerance:
         return "Off: every query looks at every key."
-    if not config.qk_norm:
+    if not model.config.qk_norm:
         return (
             "Without QK-norm a window follows from the norms of the queries and keys at hand: keys are skipped where "
-            f"at most {config.window_tolerance:.3g} of the attention could be missing."
+            f"at most {model.config.window_tolerance:.3g} of the attention could be missing."
         )
-    if config.slopes_depend_on_length:
-        return "With a dynamic scaling of the slopes the windows grow with the text."
-    gains = [(layer.self_attn.q_norm.weight, layer.self_attn.k_norm.weight) for layer in model.model.layers]
-    bound = max(qk_norm_bound(query_gain, key_gain) for query_gain, key_gain in gains)
-    reach = head_windows(slopes(model), [bound] * config.num_attention_heads, config.window_tolerance)
-    guarantee = WindowGuarantee(slopes(model), reach, bound, config.window_tolerance)
-    return (
-        "A head skips the keys that its bias makes invisible to a float. From the gains of the layer that needs the "
-        f"widest windows:\n\n```\n{guarantee}\n```"
-    )
+    return "With a dynamic scaling of the slopes the windows grow with the text."
 
 
 def limits(results: list[Result]) -> str:

@@ -37,7 +37,7 @@ from .flash import HOW_TO_GET_FLASH_ATTENTION
 from .generation import AlibiGenerationMixin
 from .layout import TokenLayout, token_layout
 from .paged import PagedCache, paged_layout
-from .windows import head_windows, qk_norm_bound
+from .windows import WindowGuarantee, qk_norm_guarantee
 
 
 class AlibiGPTRMSNorm(nn.RMSNorm):
@@ -268,7 +268,7 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             raise ValueError(
                 f"Only sdpa reads a WindowedCache, not {self.config._attn_implementation}; pass a DynamicCache."
             )
-        slopes = self._slopes(inputs_embeds)
+        slopes = self.slopes(inputs_embeds)
         if cache is not None:
             layout = paged_layout(slopes, attention_mask, position_ids, **kwargs)
             past_key_values = PagedCache(cache, kwargs)
@@ -282,14 +282,31 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             hidden_states = layer(hidden_states, attention_mask=layout, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def _slopes(self, inputs_embeds: Tensor) -> Tensor:
-        """The slopes `[heads]` in float32 or better, which no cast of the weights can round, linearly scaled."""
-        dtype = torch.promote_types(inputs_embeds.dtype, torch.float32)
+    def slopes(self, like: Tensor) -> Tensor:
+        """Returns the slopes `[heads]`, learned or not, linearly scaled: on the device of `like`, in its precision.
+
+        That is float32 at least, so that no cast of the weights rounds them.
+        """
+        dtype = torch.promote_types(like.dtype, torch.float32)
         if self.config.alibi_slopes_trainable:
             slopes = self.bias_log_slopes.to(dtype).exp()
         else:
-            slopes = torch.tensor(self.config.slopes, dtype=dtype, device=inputs_embeds.device)
+            slopes = torch.tensor(self.config.slopes, dtype=dtype, device=like.device)
         return slopes / self.config.slope_divisor
+
+    def window_guarantees(self) -> list[WindowGuarantee] | None:
+        """Returns the windows of each layer, from the gains of its QK-norm as they are now.
+
+        `None` stands for windows that depend on the data (without QK-norm) or on the length of the text (dynamic
+        `alibi_scaling`), and for none (`window_tolerance=0`).
+        """
+        config = self.config
+        if not config.qk_norm or not config.window_tolerance or config.slopes_depend_on_length:
+            return None
+        slopes = self.slopes(self.embed_tokens.weight).tolist()
+        attentions: list[Any] = [layer.self_attn for layer in self.layers]
+        gains = [(attention.q_norm.weight, attention.k_norm.weight) for attention in attentions]
+        return [qk_norm_guarantee(slopes, *pair, config.window_tolerance) for pair in gains]
 
     def windowed_cache(self, offloading: bool = False) -> WindowedCache | None:
         """Returns an empty cache in which no head holds more than its window, see `cache.py`.
@@ -302,19 +319,13 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             `window_tolerance=0`, with slopes that depend on the length, with another attention than `sdpa`, and
             with weights that are not all here.
         """
-        config = self.config
-        attentions: list[Any] = [layer.self_attn for layer in self.layers]
-        if not config.qk_norm or not config.window_tolerance or config.slopes_depend_on_length:
+        is_here = not any(hasattr(weight, "device_mesh") or weight.is_meta for weight in self.layers.parameters())
+        can_be_read = is_here and self.config._attn_implementation == "sdpa"
+        guarantees = self.window_guarantees() if can_be_read else None
+        if guarantees is None:
             return None
-        is_here = not any(hasattr(a.q_proj.weight, "device_mesh") or a.q_norm.weight.is_meta for a in attentions)
-        if not is_here or config._attn_implementation != "sdpa":
-            return None
-        slopes = self._slopes(self.embed_tokens.weight).detach()
-        windows = []
-        for attention in attentions:
-            bound = qk_norm_bound(attention.q_norm.weight, attention.k_norm.weight)
-            windows.append(head_windows(slopes.tolist(), [bound] * len(slopes), config.window_tolerance))
-        return WindowedCache(windows, slopes, offloading)
+        slopes = self.slopes(self.embed_tokens.weight).detach()
+        return WindowedCache([guarantee.windows for guarantee in guarantees], slopes, offloading)
 
 
 class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, AlibiGenerationMixin):

@@ -68,7 +68,7 @@ def norm_bounds(query: Tensor, key: Tensor, scaling: float) -> list[float]:
 
 @dataclass(frozen=True)
 class WindowGuarantee:
-    """The windows of a model with QK-norm and unit gains, and what leaving out the rest can change.
+    """The windows of a layer with QK-norm, and what leaving out the rest can change.
 
     Attributes:
         slopes: Of every query head, in nats per token.
@@ -94,8 +94,23 @@ class WindowGuarantee:
         return "\n".join(rows)
 
 
+def qk_norm_guarantee(slopes: list[float], query_gain: Tensor, key_gain: Tensor, tolerance: float) -> WindowGuarantee:
+    """Returns the windows of a layer whose queries and keys come out of an RMSNorm with these gains.
+
+    Args:
+        slopes: Of every query head, in nats per token.
+        query_gain: `[head_dim]`.
+        key_gain: `[head_dim]`.
+        tolerance: eps, above 0.
+    """
+    bound = qk_norm_bound(query_gain, key_gain)
+    return WindowGuarantee(slopes, head_windows(slopes, [bound] * len(slopes), tolerance), bound, tolerance)
+
+
 def window_guarantee(config: AlibiGPTConfig) -> WindowGuarantee:
     """Returns the windows that a config promises before training has moved the gains of its QK-norm.
+
+    Those of trained layers are in `AlibiGPTModel.window_guarantees()`.
 
     Raises:
         ValueError: If the config has no QK-norm, where windows depend on the data, or switches windows off, or
@@ -112,7 +127,5 @@ def window_guarantee(config: AlibiGPTConfig) -> WindowGuarantee:
             "set {'type': 'linear', 'factor': ...} or None."
         )
     gain = torch.ones(config.head_dim)
-    bound = qk_norm_bound(gain, gain)
     slopes = [slope / config.slope_divisor for slope in config.slopes]
-    windows = head_windows(slopes, [bound] * len(slopes), config.window_tolerance)
-    return WindowGuarantee(slopes, windows, bound, config.window_tolerance)
+    return qk_norm_guarantee(slopes, gain, gain, config.window_tolerance)

@@ -116,10 +116,24 @@ def test_the_promise_is_made_for_the_scaled_slopes() -> None:
         window_guarantee(AlibiGPTConfig(alibi_scaling={"type": "dynamic"}))
 
 
+@torch.no_grad()
+def test_layers_start_with_what_the_config_promises_and_follow_their_gains(make_model: ModelFactory) -> None:
+    model = make_model().model
+    before, other = model.window_guarantees()
+    promised = window_guarantee(model.config)
+    assert (before.windows, before.score_bound) == (promised.windows, promised.score_bound)
+    model.layers[0].self_attn.k_norm.weight[3] = -2.0
+    assert [guarantee.score_bound for guarantee in model.window_guarantees()] == [
+        2 * before.score_bound,
+        other.score_bound,
+    ]
+
+
 @pytest.mark.parametrize("values", [{"qk_norm": False}, {"window_tolerance": 0}])
-def test_no_promise_without_a_bound(values: dict) -> None:
+def test_no_promise_without_a_bound(values: dict, make_model: ModelFactory) -> None:
     with pytest.raises(ValueError, match="qk_norm=True and window_tolerance above 0"):
         window_guarantee(AlibiGPTConfig(**values))
+    assert make_model(**values).model.window_guarantees() is None
 
 
 @pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 5}, {"type": "dynamic"}], ids=["linear", "dynamic"])
