@@ -55,7 +55,7 @@ def eager_attention_forward(
     """
     groups = query.shape[1] // key.shape[1]
     dtype = value.dtype
-    slopes = local_slopes(module, attention_mask.slopes, query.shape[1])
+    slopes = local_slopes(module, attention_mask.slopes, query)
     query, key, value = (states.to(slopes.dtype) for states in (query, key, value))
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * scaling + attention_mask.dense_bias(slopes)
@@ -80,7 +80,7 @@ def sdpa_attention_forward(
     layout = attention_mask
     if isinstance(key, list):
         return _windowed(query, key, layout, scaling), None
-    slopes = local_slopes(module, layout.slopes, query.shape[1])
+    slopes = local_slopes(module, layout.slopes, query)
     device = query.device.type
     query, key, value = _prepared(query, key, value, layout)
     windows = None
@@ -92,7 +92,7 @@ def sdpa_attention_forward(
         if layout.length is not None:
             output = causal_attention(query, key, value, slopes, scaling, dropout, windows)
         elif layout.segments is not None:
-            output = _segmented(query, key, value, slopes, scaling, dropout, windows, layout.segments)
+            output = _segmented(query, key, value, slopes, scaling, dropout, windows, layout)
         elif layout.requests is not None:
             output = attention_in_runs(query, key, value, slopes, scaling, dropout, windows, layout.requests)
         else:
@@ -119,7 +119,7 @@ def flex_attention_forward(
     _refuse_weights("flex_attention", **kwargs)
     if dropout:
         raise ValueError(f"flex_attention has no dropout, got attention_dropout={dropout}; use 0, or sdpa.")
-    slopes = local_slopes(module, attention_mask.slopes, query.shape[1])
+    slopes = local_slopes(module, attention_mask.slopes, query)
     query, key, value = _prepared(query, key, value, attention_mask)
     windows = None
     if query.shape[2] >= QUERY_BLOCK:  # a few queries are not worth waiting for the windows
@@ -146,7 +146,7 @@ def flash_attention_2_forward(
             weights are asked for.
     """
     _refuse_weights("flash_attention_2", **kwargs)
-    slopes = local_slopes(module, attention_mask.slopes, query.shape[1])
+    slopes = local_slopes(module, attention_mask.slopes, query)
     query, key, value = _prepared(query, key, value, attention_mask)
     (flash, flash_varlen, *_), _ = lazy_import_flash_attention(module.config._attn_implementation)
     return alibi_flash_attention(
@@ -172,14 +172,14 @@ def _prepared(query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout) ->
 def lossless_windows(module: Any, query: Tensor, key: Tensor, slopes: Tensor, scaling: float) -> list[int] | None:
     """Returns how far back each query head needs to look, or `None` where looking at everything is as fast.
 
-    With QK-norm the windows follow from the module's weights, otherwise from the norms at hand, which are
-    worth their cost for many queries only.
+    With QK-norm the windows follow from the module's weights, if these are not offloaded just now; otherwise from the
+    norms at hand, which are worth their cost for many queries only.
     """
     tolerance = module.config.window_tolerance
     is_short = key.shape[2] <= FEW_KEYS
     if not tolerance or is_short or torch.compiler.is_compiling():
         return None
-    if module.config.qk_norm:
+    if module.config.qk_norm and not module.q_norm.weight.is_meta:
         return qk_norm_guarantee(slopes.tolist(), module.q_norm.weight, module.k_norm.weight, tolerance).windows
     if query.shape[2] >= QUERY_BLOCK:
         return head_windows(slopes.tolist(), norm_bounds(query, key, scaling), tolerance)
@@ -194,17 +194,22 @@ def _segmented(
     scaling: float,
     dropout: float,
     windows: list[int] | None,
-    segments: list[tuple[int, int]],
+    layout: TokenLayout,
 ) -> Tensor:
-    """The runs of the flattened batch."""
+    """The runs of the flattened batch. Padding gets zeros, except as the last token, from which `generate` goes on."""
     batch, heads, num_queries, head_dim = query.shape
-    query, key, value = (
+    flat_query, flat_key, flat_value = (
         states[:, :, :num_queries].transpose(1, 2).reshape(1, batch * num_queries, -1, head_dim).transpose(1, 2)
         for states in (query, key, value)
     )
-    runs = [(slice(start, end), slice(start, end)) for start, end in segments]
-    output = attention_in_runs(query, key, value, slopes, scaling, dropout, windows, runs)
-    return output.reshape(heads, batch, num_queries, head_dim).transpose(0, 1)
+    runs = [(slice(start, end), slice(start, end)) for start, end in layout.segments or []]
+    output = attention_in_runs(flat_query, flat_key, flat_value, slopes, scaling, dropout, windows, runs)
+    output = output.reshape(heads, batch, num_queries, head_dim).transpose(0, 1)
+    ends = {queries.stop for queries, _ in runs}
+    if all(end in ends for end in range(num_queries, batch * num_queries + 1, num_queries)):
+        return output
+    last = kernel(query[:, :, -1:], key, value, layout.dense_bias(slopes, slice(-1, None)), scaling, dropout)
+    return torch.cat([output[:, :, :-1], last], dim=2)
 
 
 def _masked(
@@ -243,15 +248,15 @@ def _windowed(query: Tensor, held: list[HeldKeys], layout: TokenLayout, scaling:
     return output
 
 
-def local_slopes(module: Any, slopes: Tensor, num_heads: int) -> Tensor:
-    """Returns the slopes of the `num_heads` query heads that this tensor-parallel rank holds.
+def local_slopes(module: Any, slopes: Tensor, query: Tensor) -> Tensor:
+    """Returns the slopes of the query heads at hand, on their device: all, or those of this tensor-parallel rank.
 
     Args:
-        module: The attention module; its `q_proj` knows the device mesh.
+        module: The attention module; with fewer heads than slopes, its `q_proj` knows the device mesh.
         slopes: `[heads]`, the slopes of all query heads.
-        num_heads: Number of query heads at hand.
+        query: `[batch, heads at hand, queries, head_dim]`.
     """
-    slopes = slopes.to(module.q_proj.weight.device)
+    num_heads, slopes = query.shape[1], slopes.to(query.device)
     if num_heads == len(slopes):
         return slopes
     mesh = module.q_proj.weight.device_mesh

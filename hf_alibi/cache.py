@@ -14,19 +14,18 @@ A ring has some slots to spare, which lets several tokens enter at once and the 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .alibi import bias_view, ring_line
+from .alibi import bias_view, causal_line, ring_line
 from .layout import TokenLayout
+from .windows import UNLIMITED
 
 SPARE = 64  # slots beyond a window: tokens that may enter at once, or be taken back
 SHARED_SLOTS = 2048  # slots that may go unused for heads to share a ring: reading them costs less than another call
-UNLIMITED = 2**62
 
 
 class Ring:
@@ -52,16 +51,27 @@ class Ring:
         self.capacity = self.window + 1 + spare
         self.lost = 0
         self.keys = self.values = like.new_zeros(len(like), len(kv_heads), 0, like.shape[3])
+        self._line_of: tuple[int, bool] | None = None  # slots, and whether any position is lost
 
-    @cached_property
-    def line(self) -> Tensor:
-        """The bias by offset from the newest slot, `[heads, offsets]`."""
-        return ring_line(self.slopes, self.window, self.capacity)
+    def _line(self) -> tuple[Tensor, int]:
+        """Returns the bias by offset from the newest slot, `[heads, offsets]`, and the index of offset 0.
+
+        Until a position is lost that is the plain causal bias, and need not be longer than the text: a window may be.
+        """
+        slots, spare, is_closed = self.keys.shape[2], self.capacity - self.window - 1, self.lost > 0
+        if self._line_of != (slots, is_closed):
+            self._line_of = slots, is_closed
+            if is_closed:
+                self.line = ring_line(self.slopes, self.window, self.capacity)
+            else:
+                self.line = causal_line(self.slopes, behind=slots - 1, ahead=spare)
+        return self.line, (self.capacity if is_closed else slots) - 1
 
     def bias(self, num_queries: int, length: int) -> Tensor:
         """Returns the bias of the last queries of a text, in reverse order, `[1, heads, queries, held]`."""
-        corner = self.capacity - 1 - (length - 1) % self.capacity
-        return bias_view(self.line, slice(0, len(self.heads)), num_queries, min(length, self.capacity), corner)
+        line, newest = self._line()
+        corner = newest - (length - 1) % self.capacity
+        return bias_view(line, slice(0, len(self.heads)), num_queries, min(length, self.capacity), corner)
 
     def write(self, keys: Tensor, values: Tensor, start: int) -> None:
         """Stores `[batch, key_value_heads, tokens, head_dim]` at the positions from `start` on."""
@@ -357,6 +367,8 @@ class WindowedCache(Cache):
         slopes: `[heads]`, the slopes of the query heads.
         offloading: Whether keys and values wait on the CPU while other layers are at work.
     """
+
+    max_cache_len = -1  # no limit; PEFT asks every cache of `generate` but Transformers' own dynamic one for it
 
     def __init__(self, windows: Sequence[Sequence[int]], slopes: Tensor, offloading: bool = False) -> None:
         super().__init__(layers=[WindowedLayer(of_layer, slopes) for of_layer in windows], offloading=offloading)

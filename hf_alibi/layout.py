@@ -113,7 +113,7 @@ def token_layout(
     Args:
         slopes: `[heads]`, the slopes of all query heads.
         inputs_embeds: `[batch, queries, hidden_size]`, for its sizes and device.
-        attention_mask: `[batch, tokens]`, nonzero for real tokens, cached ones included, or a mask with
+        attention_mask: `[batch or 1, tokens]`, nonzero for real tokens, cached ones included, or a mask with
             four dimensions as in `TokenLayout.mask`.
         position_ids: `[batch or 1, queries]`.
         past_key_values: The cache, before it gets the keys of this pass.
@@ -142,7 +142,7 @@ def token_layout(
 
     queries, key_mask, first = slots, None, None
     if attention_mask is not None:
-        key_mask = _cover(attention_mask.to(device=device, dtype=torch.bool), past, num_queries, num_keys)
+        key_mask = _cover(attention_mask.to(device=device, dtype=torch.bool), batch, past, num_queries, num_keys)
         keys = key_mask.cumsum(-1) - 1
         queries = keys.gather(1, slots.expand(batch, -1))
     if position_ids is not None:
@@ -170,13 +170,18 @@ def _custom_layout(
     return TokenLayout(slopes, slots, keys, {}, mask=mask)
 
 
-def _cover(mask: Tensor, past: int | Tensor, num_queries: int, num_keys: int) -> Tensor:
+def _cover(mask: Tensor, batch: int, past: int | Tensor, num_queries: int, num_keys: int) -> Tensor:
+    if mask.dim() != 2 or mask.shape[0] not in (batch, 1):
+        raise ValueError(
+            f"The attention mask has shape {tuple(mask.shape)}; it must be [{batch}, tokens], or have four "
+            "dimensions: [batch, 1 or heads, queries, keys]."
+        )
     if isinstance(past, int) and mask.shape[-1] < past + num_queries:
         raise ValueError(
             f"The attention mask covers {mask.shape[-1]} tokens; it must cover the {past} cached and the "
             f"{num_queries} new ones."
         )
-    return torch.nn.functional.pad(mask, (0, max(0, num_keys - mask.shape[-1])))[:, :num_keys]
+    return torch.nn.functional.pad(mask, (0, max(0, num_keys - mask.shape[-1])))[:, :num_keys].expand(batch, -1)
 
 
 def _simplified(layout: TokenLayout, past: int, length: int) -> TokenLayout:

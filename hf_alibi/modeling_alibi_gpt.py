@@ -278,7 +278,7 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             slopes = interpolated_slopes(layout.slopes, self.config.max_position_embeddings, layout.text_length())
             layout = layout._replace(slopes=slopes)
         hidden_states = self.dropout(self.embedding_norm(inputs_embeds))
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # a draft model that exits early has lowered it
             hidden_states = layer(hidden_states, attention_mask=layout, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
@@ -304,7 +304,7 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         if not config.qk_norm or not config.window_tolerance or config.slopes_depend_on_length:
             return None
         slopes = self.slopes(self.embed_tokens.weight).tolist()
-        attentions: list[Any] = [layer.self_attn for layer in self.layers]
+        attentions: list[Any] = [layer.self_attn for layer in self.layers[: config.num_hidden_layers]]
         gains = [(attention.q_norm.weight, attention.k_norm.weight) for attention in attentions]
         return [qk_norm_guarantee(slopes, *pair, config.window_tolerance) for pair in gains]
 
@@ -319,7 +319,7 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             `window_tolerance=0`, with slopes that depend on the length, with another attention than `sdpa`, and
             with weights that are not all here.
         """
-        is_here = not any(hasattr(weight, "device_mesh") or weight.is_meta for weight in self.layers.parameters())
+        is_here = not any(hasattr(weight, "device_mesh") or weight.is_meta for weight in self.parameters())
         can_be_read = is_here and self.config._attn_implementation == "sdpa"
         guarantees = self.window_guarantees() if can_be_read else None
         if guarantees is None:

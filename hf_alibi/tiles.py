@@ -221,10 +221,11 @@ def causal_attention(
     num_keys, head_dim = key.shape[2:]
     line = causal_line(slopes, behind=num_keys - 1, ahead=min(FAR_BLOCK, query.shape[2]) - 1)
     if query.device.type == "cpu" and not dropout:
+        dtype = query.dtype
         if slopes.requires_grad:
             query, key, value = _with_slope_column(query, key, value, slopes, scaling)
         query, key, value = (_with_dense_rows(states) for states in (query, key, value))
-        return _TiledAttention.apply(query, key, value, line.detach(), scaling, windows)[..., :head_dim]
+        return _TiledAttention.apply(query, key, value, line.detach(), scaling, windows)[..., :head_dim].to(dtype)
     outputs = []
     for tile in query_tiles(query, key, None):  # of all heads at once
         q, k, v = tile.of_queries(query).flip(2), tile.of_keys(key), tile.of_keys(value)
@@ -283,9 +284,11 @@ def _with_slope_column(
 
     The bias m (j - i) has the derivative j - i in m, and what is constant in a row, such as i, is without
     effect on a softmax. A column of exact zeros in the queries, whose derivative in m is 1, against the
-    positions j in the keys gives that; the kernel's gradient for queries does the sum.
+    positions j in the keys gives that; the kernel's gradient for queries does the sum. It does so in the dtype of the
+    slopes: 16 bits have no room for positions, nor for a sum in which they cancel.
     """
-    zero = (slopes - slopes.detach())[None, :, None, None].to(query.dtype) / scaling
+    query, key, value = (states.to(slopes.dtype) for states in (query, key, value))
+    zero = (slopes - slopes.detach())[None, :, None, None] / scaling
     positions = torch.arange(1 - key.shape[2], 1, device=key.device, dtype=key.dtype)[:, None]
     columns = zero.expand(*query.shape[:3], 1), positions.expand(*key.shape[:3], 1), value[..., :1] * 0
     query, key, value = (torch.cat(pair, -1) for pair in zip((query, key, value), columns, strict=True))

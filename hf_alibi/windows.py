@@ -26,17 +26,25 @@ from torch import Tensor
 
 from .configuration_alibi_gpt import AlibiGPTConfig
 
+UNLIMITED = 2**62  # tokens: a window that every text fits in
+
 
 def head_windows(slopes: Sequence[float], score_bounds: Sequence[float], tolerance: float) -> list[int]:
-    """Returns for every head the distance W beyond which keys may be left out.
+    """Returns for every head the distance W beyond which keys may be left out; `UNLIMITED` if there is none.
+
+    There is none for a bound that is not finite, or for a slope that has become 0 in float32.
 
     Args:
         slopes: One for each head, in nats per token.
         score_bounds: U of every head, in nats.
         tolerance: eps, the fraction of the softmax's mass that may be lost, above 0.
     """
-    margin = math.log(1 / tolerance)
-    return [math.ceil((2 * bound + margin) / slope) for slope, bound in zip(slopes, score_bounds, strict=True)]
+    margin = -math.log(tolerance)
+    windows = []
+    for slope, bound in zip(slopes, score_bounds, strict=True):
+        has_one = 2 * bound + margin < UNLIMITED * slope  # False for NaN
+        windows.append(math.ceil((2 * bound + margin) / slope) if has_one else UNLIMITED)
+    return windows
 
 
 def qk_norm_bound(query_gain: Tensor, key_gain: Tensor) -> float:

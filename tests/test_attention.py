@@ -42,7 +42,7 @@ def layout_of(
 
 
 def attend(backend: str, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout) -> Tensor:
-    module = SimpleNamespace(q_proj=nn.Linear(1, 1), config=AlibiGPTConfig(window_tolerance=0))
+    module = SimpleNamespace(config=AlibiGPTConfig(window_tolerance=0))
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
     output, weights = attention(module, query, key, value, layout, scaling=SCALING)
     assert (weights is not None) == (backend == "eager")
@@ -95,6 +95,24 @@ def test_gradients_of_trainable_slopes_equal_the_oracle(
     (gradient,) = torch.autograd.grad(output, slopes, direction)
     true = torch.stack(torch.autograd.grad(expected, true_slopes, direction))
     torch.testing.assert_close(gradient, true, rtol=1e-10, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d).split(".")[1])
+def test_gradients_of_trainable_slopes_are_as_accurate_as_those_of_eager_in_16_bits(dtype: torch.dtype) -> None:
+    """Positions beyond 256 have no place in bfloat16, nor has a sum in which they cancel."""
+    heads, length = 6, 1100
+    inputs = states(heads, heads, length, length, dtype=dtype)
+    slopes = torch.tensor(alibi_slopes(heads), requires_grad=True)
+    layout = layout_of(heads, 2, length)._replace(slopes=slopes)
+    true_slopes = [slope.double().detach().requires_grad_() for slope in slopes]
+    expected = oracle.attention(*inputs, true_slopes, SCALING)
+    direction = torch.randn_like(expected)
+    true = torch.stack(torch.autograd.grad(expected, true_slopes, direction))
+    error = {}
+    for backend in BACKENDS:
+        (gradient,) = torch.autograd.grad(attend(backend, *inputs, layout), slopes, direction.to(dtype))
+        error[backend] = (gradient - true).norm()
+    assert error["sdpa"] <= 1.2 * error["eager"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d).split(".")[1])
@@ -227,3 +245,12 @@ def test_masks_that_do_not_fit_are_refused() -> None:
         layout_of(6, 1, 5, torch.ones(1, 1, 5, 5, dtype=torch.long))
     with pytest.raises(ValueError, match="covers 4 tokens"):
         layout_of(6, 1, 5, torch.ones(1, 4))
+    for shape in [(5,), (1, 5, 5), (2, 5)]:
+        with pytest.raises(ValueError, match=r"it must be \[3, tokens\]"):
+            layout_of(6, 3, 5, torch.ones(shape))
+
+
+def test_a_mask_can_be_for_all_sequences() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1]])
+    for found, expected in zip(layout_of(6, 3, 5, mask), layout_of(6, 3, 5, mask.expand(3, -1)), strict=True):
+        assert torch.equal(found, expected) if isinstance(found, torch.Tensor) else found == expected

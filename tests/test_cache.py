@@ -282,6 +282,16 @@ def test_there_is_none_where_it_would_not_be_lossless(make_model: ModelFactory, 
     assert make_model(**without).model.windowed_cache() is None
 
 
+def test_a_window_wider_than_any_text_takes_no_memory(make_model: ModelFactory) -> None:
+    """The widest of these would have 10 million million keys; next to it, the others still let go of theirs."""
+    model = make_model(num_attention_heads=4, alibi_slopes=[*STEEP[:3], 1e-12])
+    past = windowed(model)
+    logits = in_steps(model, tokens(), STEPS["a few at a time"], past)
+    with torch.no_grad():
+        assert_logits_close(logits, model(tokens(), use_cache=False).logits)
+    assert held(past) < 3 * LENGTH
+
+
 def test_only_sdpa_reads_it(make_model: ModelFactory) -> None:
     model = make_model(**SHAPES["4-heads"])
     past = windowed(model)

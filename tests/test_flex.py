@@ -13,7 +13,7 @@ import torch
 from conftest import ModelFactory
 from layouts import documents, end_of_cache, layout_of, same_document
 from test_attention import SCALING, attend, padding, states, textbook
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, StaticCache
 
@@ -175,7 +175,7 @@ def test_layers_share_their_masks() -> None:
 
 
 def test_what_it_cannot_do_is_refused() -> None:
-    module = SimpleNamespace(q_proj=nn.Linear(1, 1), config=AlibiGPTConfig())
+    module = SimpleNamespace(config=AlibiGPTConfig())
     inputs = states(6, 6, 5, 5, dtype=torch.float32)
     layout = layout_of(6, 2, 5)
     with pytest.raises(ValueError, match=r"no dropout, got attention_dropout=0\.1; use 0, or sdpa"):
@@ -216,7 +216,7 @@ def test_every_row_is_as_accurate_as_a_dense_relative_bias(dtype: torch.dtype, h
 def test_windows_change_the_output_by_less_than_promised() -> None:
     heads, length, tolerance = 6, 1500, 1e-3
     query, key, value = states(heads, 2, length, length, dtype=torch.float32)
-    module = SimpleNamespace(q_proj=nn.Linear(1, 1), config=AlibiGPTConfig(window_tolerance=tolerance, qk_norm=False))
+    module = SimpleNamespace(config=AlibiGPTConfig(window_tolerance=tolerance, qk_norm=False))
     output = flex_attention_forward(module, query / 8, key, value, layout_of(heads, 2, length), SCALING)[0]
     everything = attend("flex_attention", query / 8, key, value, layout_of(heads, 2, length))
     difference = (output.transpose(1, 2) - everything).abs().max()

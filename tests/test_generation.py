@@ -97,6 +97,16 @@ def test_assisted(model: AlibiGPTForCausalLM, make_model: ModelFactory) -> None:
     assert torch.equal(model.generate(prompt(), max_new_tokens=NEW, do_sample=False, assistant_model=itself), expected)
 
 
+def test_assisted_by_its_first_layer(model: AlibiGPTForCausalLM) -> None:
+    expected = greedy(model, prompt())
+    calls = [0, 0]
+    for i, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    found = model.generate(prompt(), max_new_tokens=NEW, do_sample=False, assistant_early_exit=1)
+    assert torch.equal(found, expected)
+    assert calls[0] > calls[1]
+
+
 @pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 4}], ids=str)
 def test_beam_search(model: AlibiGPTForCausalLM, how: dict[str, Any]) -> None:
     input_ids = prompt(batch=2)
@@ -128,14 +138,17 @@ def test_prompts_of_unequal_length(model: AlibiGPTForCausalLM, how: dict[str, An
 
 @pytest.mark.parametrize("how", [{}, {"cache_implementation": "dynamic"}, {"use_cache": False}], ids=str)
 def test_prompts_padded_on_the_right(model: AlibiGPTForCausalLM, how: dict[str, Any]) -> None:
+    """As wherever padding is the last token of a prompt, the text goes on from what it sees: the prompt."""
     input_ids = prompt(60, batch=3)
     mask = (torch.arange(60) < torch.tensor([60, 41, 7])[:, None]).long()
+    model.set_attn_implementation("eager")
     with torch.no_grad():
         expected = input_ids
         for step in range(NEW):
             seen = torch.nn.functional.pad(mask, (0, step), value=1)
             last = model(expected, attention_mask=seen, use_cache=False).logits[:, -1]
             expected = torch.cat([expected, last.argmax(-1, keepdim=True)], 1)
+    model.set_attn_implementation("sdpa")
     found = model.generate(input_ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, **how)
     assert torch.equal(found, expected)
 

@@ -12,7 +12,7 @@ import torch
 from conftest import ModelFactory
 from layouts import documents, end_of_cache, layout_of, same_document
 from test_attention import padding
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import is_flash_attn_2_available, is_kernels_available
 
 from hf_alibi import AlibiGPTConfig
@@ -48,7 +48,7 @@ def states(heads: int, kv_heads: int, queries: int, keys: int, dtype: torch.dtyp
 def attend(backend: str, inputs: list[Tensor], layout: TokenLayout, tolerance: float = 0.0) -> Tensor:
     config = AlibiGPTConfig(window_tolerance=tolerance, qk_norm=False)
     config._attn_implementation = backend
-    module = SimpleNamespace(q_proj=nn.Linear(1, 1, device=DEVICE), config=config)
+    module = SimpleNamespace(config=config)
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
     return attention(module, *inputs, layout, scaling=SCALING)[0].transpose(1, 2)
 

@@ -3,9 +3,11 @@
 import copy
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import ModelFactory
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
@@ -252,6 +254,20 @@ def test_gradient_checkpointing_changes_no_gradient(make_model: ModelFactory) ->
         m(tokens(), labels=tokens(), attention_mask=left_padding(), use_cache=False).loss.backward()
     for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("shape", [{}, {"alibi_slopes_trainable": True}, {"qk_norm": False}], ids=str)
+def test_offloaded_weights_change_nothing(make_model: ModelFactory, shape: dict[str, Any], backend: str) -> None:
+    """Accelerate leaves weights on the meta device except during the forward pass of their own module."""
+    model = make_model(num_attention_heads=4, alibi_slopes=[2.0, 1.0, 0.5, 0.25], **shape)
+    model.set_attn_implementation(backend)
+    input_ids = tokens(1, 1300)
+    expected, text = model(input_ids).logits, model.generate(input_ids, max_new_tokens=3, do_sample=False)
+    cpu_offload(model, torch.device("cpu"))
+    assert model.model.layers[0].self_attn.q_proj.weight.is_meta
+    torch.testing.assert_close(model(input_ids).logits, expected)
+    assert torch.equal(model.generate(input_ids, max_new_tokens=3, do_sample=False), text)
 
 
 def test_trainable_slopes_learn_and_are_saved(make_model: ModelFactory, tmp_path: Path) -> None:

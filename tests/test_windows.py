@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from hf_alibi import AlibiGPTConfig
 from hf_alibi.alibi import alibi_slopes
 from hf_alibi.tiles import causal_attention, query_tiles
-from hf_alibi.windows import head_windows, norm_bounds, qk_norm_bound, window_guarantee
+from hf_alibi.windows import UNLIMITED, head_windows, norm_bounds, qk_norm_bound, window_guarantee
 
 HEAD_DIM = 16
 SCALING = HEAD_DIM**-0.5
@@ -96,6 +96,22 @@ def test_bounds_are_those_of_cauchy_and_schwarz() -> None:
     assert scores.max() <= qk_norm_bound(gains[0], gains[1])
     reached = (gains[0] * gains[1]).max().item() * math.sqrt(HEAD_DIM)  # by vectors along that channel
     assert qk_norm_bound(gains[0], gains[1]) == pytest.approx(reached, rel=0.011)
+
+
+@pytest.mark.parametrize(("slope", "bound"), [(0.0, 8.0), (1e-300, 8.0), (0.5, math.inf), (0.5, math.nan)])
+def test_without_a_finite_distance_nothing_is_left_out(slope: float, bound: float) -> None:
+    assert head_windows([1.0, slope], [8.0, bound], 1e-320) == [math.ceil(16 - math.log(1e-320)), UNLIMITED]
+
+
+@pytest.mark.parametrize("qk_norm", [True, False], ids=["qk-norm", "no-qk-norm"])
+def test_what_is_not_finite_is_seen_in_the_output(make_model: ModelFactory, qk_norm: bool) -> None:
+    """A loss of NaN is what stops or skips a training step; an exception would end the training."""
+    model = make_model(qk_norm=qk_norm)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.fill_(math.nan)
+        if qk_norm:
+            model.model.layers[0].self_attn.q_norm.weight.fill_(math.nan)
+        assert model(torch.zeros(1, 1100, dtype=torch.long)).logits.isnan().all()
 
 
 def test_the_example_of_eight_heads() -> None:
