@@ -1,7 +1,7 @@
 """Attention with ALiBi, one signature for every implementation.
 
 `eager` is the reference: it writes out scores, bias and softmax, and returns the attention weights.
-`sdpa`, the default, calls PyTorch's fused kernels tile by tile (`tiles.py`) and never stores a bias of
+`sdpa`, the default, calls PyTorch's fused kernels tile by tile (`causal.py`) and never stores a bias of
 queries times keys. Padded and packed batches are cut into the runs of tokens that see each other, which
 removes their masks altogether. `flex_attention` (`flex.py`) and `flash_attention_2` (`flash.py`) are for GPUs.
 
@@ -15,14 +15,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
 from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 from transformers.modeling_utils import AttentionInterface
 
 from .cache import HeldKeys
+from .causal import attention_in_runs, causal_attention, is_one_operator, kernel
 from .flash import alibi_flash_attention
 from .flex import alibi_flex_attention
 from .layout import TokenLayout
-from .tiles import attention_in_runs, causal_attention, kernel
 from .windows import head_windows, norm_bounds, qk_norm_guarantee
 
 QUERY_BLOCK = 512  # queries that get a stored bias at a time; fewer are not worth looking at norms for windows
@@ -80,6 +81,8 @@ def sdpa_attention_forward(
     layout = attention_mask
     if isinstance(key, list):
         return _windowed(query, key, layout, scaling), None
+    if _is_exported() or (_has_any_length(query, key) and not is_one_operator(query, dropout)):
+        layout = layout._replace(length=None)  # no graph of a loop over blocks would be for other lengths too
     slopes = local_slopes(module, layout.slopes, query)
     device = query.device.type
     query, key, value = _prepared(query, key, value, layout)
@@ -176,8 +179,7 @@ def lossless_windows(module: Any, query: Tensor, key: Tensor, slopes: Tensor, sc
     norms at hand, which are worth their cost for many queries only.
     """
     tolerance = module.config.window_tolerance
-    is_short = key.shape[2] <= FEW_KEYS
-    if not tolerance or is_short or torch.compiler.is_compiling():
+    if not tolerance or torch.compiler.is_compiling() or key.shape[2] <= FEW_KEYS:
         return None
     if module.config.qk_norm and not module.q_norm.weight.is_meta:
         return qk_norm_guarantee(slopes.tolist(), module.q_norm.weight, module.k_norm.weight, tolerance).windows
@@ -221,13 +223,35 @@ def _masked(
     dropout: float,
     layout: TokenLayout,
 ) -> Tensor:
-    """Anything else: a stored bias, for one block of queries at a time."""
-    block = query.shape[2] if torch.compiler.is_exporting() else QUERY_BLOCK
-    outputs = []
-    for start in range(0, query.shape[2], block):
-        rows = slice(start, start + block)
-        outputs.append(kernel(query[:, :, rows], key, value, layout.dense_bias(slopes, rows), scaling, dropout))
-    return torch.cat(outputs, dim=2)
+    """Anything else: a stored bias, for one block of queries at a time; padding as in `_segmented`."""
+    if _is_exported():
+        # Not every engine shares key-value heads, or takes a bias of higher precision than the queries.
+        groups, dtype = query.shape[1] // key.shape[1], query.dtype
+        query, key, value = (states.to(slopes.dtype) for states in (query, key, value))
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        output = kernel(query, key, value, layout.dense_bias(slopes), scaling, dropout).to(dtype)
+    elif _has_any_length(query, key):
+        output = kernel(query, key, value, layout.dense_bias(slopes), scaling, dropout)
+    else:
+        blocks = [slice(start, start + QUERY_BLOCK) for start in range(0, query.shape[2], QUERY_BLOCK)]
+        outputs = [
+            kernel(query[:, :, rows], key, value, layout.dense_bias(slopes, rows), scaling, dropout) for rows in blocks
+        ]
+        output = torch.cat(outputs, dim=2)
+    if layout.query_mask is None:
+        return output
+    is_last = torch.arange(1 - query.shape[2], 1, device=query.device) == 0
+    return output.masked_fill(~(layout.query_mask | is_last)[:, None, :, None], 0)
+
+
+def _is_exported() -> bool:
+    """Whether what runs now is recorded for another program."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def _has_any_length(query: Tensor, key: Tensor) -> bool:
+    """Whether what runs now is compiled for any number of queries or keys."""
+    return torch.compiler.is_compiling() and not (has_static_value(query.shape[2]) and has_static_value(key.shape[2]))
 
 
 def _windowed(query: Tensor, held: list[HeldKeys], layout: TokenLayout, scaling: float) -> Tensor:

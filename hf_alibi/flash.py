@@ -67,7 +67,7 @@ def alibi_flash_attention(
         flash_attn_varlen_func: The kernel of that name, for runs.
 
     Returns:
-        `[batch, queries, heads, head_dim]`; queries that are padding get zeros, or what the token before them gets.
+        `[batch, queries, heads, head_dim]`; queries that are padding get zeros.
 
     Raises:
         ValueError: For float32 and float64, a mask of queries times keys, and slopes that are trained.
@@ -121,7 +121,7 @@ def find_runs(layout: TokenLayout, batch: int) -> Runs:
         return Runs(index, index, bounds, bounds, longest, longest)
 
     position = layout.queries.expand(batch, -1)
-    real = (position >= 0) & (torch.diff(position, prepend=position[:, :1] - 1) != 0)  # else padding
+    real = torch.ones_like(position, dtype=torch.bool) if layout.query_mask is None else layout.query_mask
     queries = real.flatten().nonzero()[:, 0]
     row, position = queries // real.shape[1], position.flatten()[queries]
     first = torch.zeros_like(position) if layout.first is None else layout.first.clamp(min=0).flatten()[queries]

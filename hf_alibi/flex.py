@@ -77,7 +77,7 @@ def alibi_flex_attention(
         score_mod=biased,
         block_mask=mask,
         scale=scaling,
-        enable_gqa=bool(query.shape[1] != key.shape[1]),  # an exporter may have a symbol for it
+        enable_gqa=True if query.shape[1] != key.shape[1] else False,  # noqa: SIM210  decides on symbols, which bool leaves
         # The kernel for short queries fails where many heads share keys; a single query needs it most.
         kernel_options={"BACKEND": "TRITON"} if query.shape[2] > 1 else None,
     )
@@ -126,12 +126,11 @@ def _visibility(layout: TokenLayout, batch: int, num_queries: int, num_keys: int
         return Visibility(lambda b, q, k: q + past - k, mask)
 
     queries, keys = layout.queries.int(), layout.keys.int()
-    # Padding has the position of the token before it. As a query it sees nothing, lest it count as distance.
-    repeats = torch.diff(queries, prepend=queries[:, :1] - 1) == 0
-    queries = queries.masked_fill(repeats, -FAR).expand(batch, -1)
-    if layout.key_mask is not None:
+    if layout.key_mask is not None and layout.query_mask is not None:
+        # As a query, padding would see what the token before it sees; it is not worth a block.
+        queries = queries.masked_fill(~layout.query_mask, -FAR)
         keys = keys.masked_fill(~layout.key_mask, FAR)
-    keys = keys.expand(batch, -1)
+    queries, keys = queries.expand(batch, -1), keys.expand(batch, -1)
     lowest = torch.zeros_like(queries) if layout.first is None else layout.first.clamp(min=0).int()
     position, other, start = _lookup(queries), _lookup(keys), _lookup(lowest)
 

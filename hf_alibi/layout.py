@@ -28,6 +28,7 @@ class TokenLayout(NamedTuple):
         shared: Where attention implementations keep what they work out once for all layers of the pass.
         first: `[batch, queries]`, the position where the query's document starts; `None`: at the beginning.
         key_mask: `[batch, keys]`, False at padding; `None`: no padding.
+        query_mask: `[batch, queries]`, the same of the queries.
         mask: `[batch or 1, heads or 1, queries, keys]`, the caller's own: boolean, True for visible, or
             added to the scores. It replaces `first`, `key_mask` and causality.
         length: Tokens in the cache and in this pass together, if nothing but the future is hidden: the
@@ -44,6 +45,7 @@ class TokenLayout(NamedTuple):
     shared: dict[Any, Any]
     first: Tensor | None = None
     key_mask: Tensor | None = None
+    query_mask: Tensor | None = None
     mask: Tensor | None = None
     length: int | None = None
     segments: list[tuple[int, int]] | None = None
@@ -140,14 +142,15 @@ def token_layout(
         length = None if unknown else past + num_queries
         return TokenLayout(slopes, slots, keys, {}, length=length)
 
-    queries, key_mask, first = slots, None, None
+    queries, key_mask, query_mask, first = slots, None, None, None
     if attention_mask is not None:
+        slots = slots.expand(batch, -1)
         key_mask = _cover(attention_mask.to(device=device, dtype=torch.bool), batch, past, num_queries, num_keys)
-        keys = key_mask.cumsum(-1) - 1
-        queries = keys.gather(1, slots.expand(batch, -1))
+        keys = key_mask.long().cumsum(-1) - 1  # some engines that models are exported to would sum booleans in 8 bits
+        queries, query_mask = keys.gather(1, slots), key_mask.gather(1, slots)
     if position_ids is not None:
         first = (queries - position_ids.to(device)).expand(batch, -1)
-    layout = TokenLayout(slopes, queries, keys, {}, first, key_mask)
+    layout = TokenLayout(slopes, queries, keys, {}, first, key_mask, query_mask)
     if tracing:
         return layout
     return _simplified(layout, past, past + num_queries)

@@ -268,6 +268,11 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             raise ValueError(
                 f"Only sdpa reads a WindowedCache, not {self.config._attn_implementation}; pass a DynamicCache."
             )
+        if isinstance(past_key_values, WindowedCache) and torch.compiler.is_exporting():
+            raise ValueError(
+                "An exported program would hold the WindowedCache at the length that it has now; pass a DynamicCache, "
+                "or cache_implementation='dynamic' in the generation config."
+            )
         slopes = self.slopes(inputs_embeds)
         if cache is not None:
             layout = paged_layout(slopes, attention_mask, position_ids, **kwargs)

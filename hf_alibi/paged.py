@@ -11,7 +11,7 @@ gets the tokens that `generate` gives to it alone:
 Without these settings the cache takes most of the memory, and without `max_new_tokens` or an end of text a request
 never ends.
 
-`sdpa` goes from request to request, each with its windows (`tiles.py`). `eager`, which Transformers then calls
+`sdpa` goes from request to request, each with its windows (`causal.py`). `eager`, which Transformers then calls
 `paged|eager`, writes out the scores of all queries against all keys and hides those of other requests.
 """
 

@@ -1,26 +1,19 @@
-"""Causal ALiBi attention in tiles: exact, in linear memory, and only where a head has something to see.
+"""The matrix of queries times keys, cut into tiles: what is to be computed of it, and in which pieces.
 
 A tile is some queries of some heads against some keys. With one of the two in reverse order its bias is a view of one
-line (`alibi.bias_view`), and a kernel of PyTorch's does the rest. Heads with a short window skip the keys beyond it,
-which makes them cost linear time.
+line (`alibi.bias_view`). Heads with a short window skip the keys beyond it, which makes them cost linear time.
 
 A softmax needs all its keys at once: forward goes through blocks of queries and what they see. Gradients are sums over
 queries and over keys: backward goes through blocks of keys and what sees them, and hides less that way.
-
-The kernels of PyTorch know no window, no bias in a line and no offset into a cache; going through them
-tile by tile needs none of that, forward or backward.
 """
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .alibi import bias_view, causal_line
+from .alibi import bias_view
 
 NEAR_BLOCK = 256  # queries in a tile: half of it is what it hides in vain
 FAR_BLOCK = 1024  # for queries that see so much that the kernel's speed with this many outweighs what it hides
@@ -193,169 +186,3 @@ def in_pieces(tile: Tile) -> Tile:
                 queries = slice(tile.queries.start, tile.queries.start + size // blocks)
                 return tile._replace(queries=queries, blocks=blocks, query_step=size // blocks)
     return tile
-
-
-def causal_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slopes: Tensor,
-    scaling: float,
-    dropout: float,
-    windows: list[int] | None,
-) -> Tensor:
-    """Attention of queries that are the last of the keys, nothing but the future being hidden.
-
-    Args:
-        query: `[batch, heads, queries, head_dim]`.
-        key: `[batch, key_value_heads, keys, head_dim]`.
-        value: `[batch, key_value_heads, keys, head_dim]`.
-        slopes: `[heads]`.
-        scaling: Factor of the scores before the bias is added.
-        dropout: Probability of dropping an attention weight.
-        windows: How far back each query head looks; `None`: to the first key.
-
-    Returns:
-        `[batch, heads, queries, head_dim]`.
-    """
-    num_keys, head_dim = key.shape[2:]
-    line = causal_line(slopes, behind=num_keys - 1, ahead=min(FAR_BLOCK, query.shape[2]) - 1)
-    if query.device.type == "cpu" and not dropout:
-        dtype = query.dtype
-        if slopes.requires_grad:
-            query, key, value = _with_slope_column(query, key, value, slopes, scaling)
-        query, key, value = (_with_dense_rows(states) for states in (query, key, value))
-        return _TiledAttention.apply(query, key, value, line.detach(), scaling, windows)[..., :head_dim].to(dtype)
-    outputs = []
-    for tile in query_tiles(query, key, None):  # of all heads at once
-        q, k, v = tile.of_queries(query).flip(2), tile.of_keys(key), tile.of_keys(value)
-        bias = tile.bias(line, _corner(tile, query.shape[2]))
-        outputs.append(kernel(q, k, v, bias, scaling, dropout).flip(2))
-    return torch.cat(outputs, dim=2)
-
-
-def attention_in_runs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slopes: Tensor,
-    scaling: float,
-    dropout: float,
-    windows: list[int] | None,
-    runs: list[tuple[slice, slice]],
-) -> Tensor:
-    """Runs of tokens attend each by itself, as if it were alone; arguments and result as in `causal_attention`.
-
-    Args:
-        runs: The queries of each run, which are the last of its keys, and the keys; queries in ascending order.
-            Those outside are padding and get zeros.
-    """
-    batch, heads, num_queries, head_dim = query.shape
-    pieces, done = [], 0
-    for queries, keys in runs:
-        q, k, v = query[:, :, queries], key[:, :, keys], value[:, :, keys]
-        run = causal_attention(q, k, v, slopes, scaling, dropout, windows)
-        pieces += [query.new_zeros(batch, heads, queries.start - done, head_dim), run]
-        done = queries.stop
-    pieces.append(query.new_zeros(batch, heads, num_queries - done, head_dim))
-    return torch.cat(pieces, dim=2)
-
-
-def kernel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float, dropout: float) -> Tensor:
-    """PyTorch's attention with a bias `[batch or 1, heads, queries, keys]`, of higher precision where it can be."""
-    if query.device.type != "cpu":
-        # Only the CPU's kernels read a bias of overlapping strides and of another dtype than the queries'.
-        bias = bias.to(query.dtype, copy=True, memory_format=torch.contiguous_format)
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=bias.expand(query.shape[0], -1, -1, -1),
-        dropout_p=dropout,
-        scale=scaling,
-        enable_gqa=bool(query.shape[1] != key.shape[1]),  # an exporter may have a symbol for it
-    )
-
-
-def _with_slope_column(
-    query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Adds a column that changes no score and yet carries the gradient of trainable slopes.
-
-    The bias m (j - i) has the derivative j - i in m, and what is constant in a row, such as i, is without
-    effect on a softmax. A column of exact zeros in the queries, whose derivative in m is 1, against the
-    positions j in the keys gives that; the kernel's gradient for queries does the sum. It does so in the dtype of the
-    slopes: 16 bits have no room for positions, nor for a sum in which they cancel.
-    """
-    query, key, value = (states.to(slopes.dtype) for states in (query, key, value))
-    zero = (slopes - slopes.detach())[None, :, None, None] / scaling
-    positions = torch.arange(1 - key.shape[2], 1, device=key.device, dtype=key.dtype)[:, None]
-    columns = zero.expand(*query.shape[:3], 1), positions.expand(*key.shape[:3], 1), value[..., :1] * 0
-    query, key, value = (torch.cat(pair, -1) for pair in zip((query, key, value), columns, strict=True))
-    return query, key, value
-
-
-def _with_dense_rows(states: Tensor) -> Tensor:
-    """The kernel called below reads the last dimension at stride 1, and does not check."""
-    return states if states.stride(-1) == 1 else states.contiguous()
-
-
-def _corner(tile: Tile, num_queries: int) -> int:
-    """Returns where the line has the bias of the tile's last query and first key."""
-    return num_queries - tile.queries.stop + tile.keys.start
-
-
-class _TiledAttention(torch.autograd.Function):
-    """The tiles through the CPU's flash kernel, with gradients summed in place.
-
-    Autograd by itself would hold a padded copy of all keys' gradients for every tile.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, line: Tensor, scaling: float, windows: list[int] | None
-    ) -> Tensor:
-        batch, heads, num_queries, head_dim = query.shape
-        output = query.new_empty(batch, num_queries, heads, head_dim).transpose(1, 2)
-        logsumexp = line.new_empty(batch, heads, num_queries)
-        for tile in joined(query_tiles(query, key, windows)):
-            q = tile.of_queries(query).flip(2)
-            results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q,
-                tile.of_keys(key),
-                tile.of_keys(value),
-                attn_mask=tile.bias(line, _corner(tile, num_queries)).expand(batch, q.shape[1], -1, -1),
-                scale=scaling,
-            )
-            for into, result in zip((output, logsumexp), results, strict=True):
-                tile.of_queries(into).copy_(result.flip(2))
-        ctx.save_for_backward(query, key, value, line, output, logsumexp)
-        ctx.scaling, ctx.windows = scaling, windows
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, line, output, logsumexp = ctx.saved_tensors
-        grad_output = _with_dense_rows(grad_output)
-        grads = [torch.zeros_like(states, dtype=line.dtype) for states in (query, key, value)]
-        reverse = line.flip(1)
-        for tile in map(in_pieces, joined(key_tiles(query, key, ctx.windows))):
-            q = tile.of_queries(query)
-            corner = line.shape[1] - query.shape[2] + tile.queries.start - tile.keys.stop + 1
-            dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                tile.of_queries(grad_output),
-                q,
-                tile.of_keys(key).flip(2),
-                tile.of_keys(value).flip(2),
-                tile.of_queries(output),
-                tile.of_queries(logsumexp),
-                0.0,
-                False,
-                attn_mask=tile.bias(reverse, corner).expand(len(query), q.shape[1], -1, -1),
-                scale=ctx.scaling,
-            )
-            tile.add_queries(grads[0], dq)
-            tile.add_keys(grads[1], dk.flip(2))
-            tile.add_keys(grads[2], dv.flip(2))
-        return *(grad.to(query.dtype) for grad in grads), None, None, None

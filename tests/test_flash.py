@@ -128,8 +128,9 @@ def test_cached_tokens_with_padding_and_documents(side: str, queries: int, with_
     position_ids = documents([[30, 33], [25, 38], [60, 3]]) if with_documents else None
     mask = padding(side, length)
     full = layout_of(HEADS, 3, length, mask, position_ids)
-    first = None if full.first is None else full.first[:, -queries:]
-    layout = full._replace(queries=full.queries[:, -queries:], first=first, segments=None, shared={})
+    names = [name for name in ("queries", "first", "query_mask") if getattr(full, name) is not None]
+    last = {name: getattr(full, name)[:, -queries:] for name in names}
+    layout = full._replace(**last, segments=None, shared={})
     query, key, value = states(HEADS, 2, length, length, batch=3)
     real = mask[:, -queries:].bool()
     output = attend([query[:, :, -queries:], key, value], layout)

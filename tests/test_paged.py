@@ -13,8 +13,8 @@ from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConf
 
 from hf_alibi import AlibiGPTForCausalLM
 from hf_alibi.alibi import alibi_slopes
+from hf_alibi.causal import attention_in_runs
 from hf_alibi.paged import paged_config, paged_layout
-from hf_alibi.tiles import attention_in_runs
 from hf_alibi.windows import head_windows, norm_bounds
 
 LENGTHS = [5, 700, 33, 64, 1, 130]

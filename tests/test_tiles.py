@@ -6,6 +6,7 @@ import torch
 
 from hf_alibi import tiles
 from hf_alibi.alibi import alibi_slopes
+from hf_alibi.causal import causal_attention
 from hf_alibi.windows import head_windows, norm_bounds
 
 HEAD_DIM, SCALING = 8, 8**-0.5
@@ -39,7 +40,7 @@ def test_output_and_gradients(heads: int, kv_heads: int, length: int, past: int,
     windows = head_windows(slopes, norm_bounds(query, key, SCALING), 2.0**-52) if windowed else None
     inputs = (query, key, value)
 
-    output = tiles.causal_attention(*inputs, torch.tensor(slopes, dtype=torch.float64), SCALING, 0.0, windows)
+    output = causal_attention(*inputs, torch.tensor(slopes, dtype=torch.float64), SCALING, 0.0, windows)
     expected = oracle.attention(*inputs, slopes, SCALING)
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-13)
     direction = torch.randn_like(expected)

@@ -11,7 +11,8 @@ from transformers import DynamicCache
 
 from hf_alibi import AlibiGPTConfig
 from hf_alibi.alibi import alibi_slopes
-from hf_alibi.tiles import causal_attention, query_tiles
+from hf_alibi.causal import causal_attention
+from hf_alibi.tiles import query_tiles
 from hf_alibi.windows import UNLIMITED, head_windows, norm_bounds, qk_norm_bound, window_guarantee
 
 HEAD_DIM = 16

@@ -1,0 +1,246 @@
+"""Causal ALiBi attention tile by tile: exact, in linear memory, and only where a head has something to see.
+
+The kernels of PyTorch know no window, no bias in a line and no offset into a cache; going through them
+tile by tile (`tiles.py`) needs none of that, forward or backward.
+
+On the CPU the tiles are one operator, which autograd and compilers take as a whole: gradients are summed in place,
+where autograd would hold a padded copy of all keys' gradients for every tile, and a compiled model is compiled once
+for all lengths.
+"""
+
+import re
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .alibi import causal_line
+from .tiles import FAR_BLOCK, Tile, in_pieces, joined, key_tiles, query_tiles
+
+NAMESPACE = re.sub(r"\W", "_", __name__)  # the copy of this file that comes with a model has operators of its own
+
+
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slopes: Tensor,
+    scaling: float,
+    dropout: float,
+    windows: list[int] | None,
+) -> Tensor:
+    """Attention of queries that are the last of the keys, nothing but the future being hidden.
+
+    Args:
+        query: `[batch, heads, queries, head_dim]`.
+        key: `[batch, key_value_heads, keys, head_dim]`.
+        value: `[batch, key_value_heads, keys, head_dim]`.
+        slopes: `[heads]`.
+        scaling: Factor of the scores before the bias is added.
+        dropout: Probability of dropping an attention weight.
+        windows: How far back each query head looks; `None`: to the first key.
+
+    Returns:
+        `[batch, heads, queries, head_dim]`.
+    """
+    if is_one_operator(query, dropout):
+        dtype, head_dim = query.dtype, query.shape[3]
+        if slopes.requires_grad:
+            query, key, value = _with_slope_column(query, key, value, slopes, scaling)
+        output, _ = attention_in_tiles(query, key, value, slopes.detach(), scaling, windows)
+        return output[..., :head_dim].to(dtype)
+    outputs = []
+    line = _line(query, key, slopes)
+    for tile in query_tiles(query, key, None):  # of all heads at once
+        q, k, v = tile.of_queries(query).flip(2), tile.of_keys(key), tile.of_keys(value)
+        bias = tile.bias(line, _corner(tile, query.shape[2]))
+        outputs.append(kernel(q, k, v, bias, scaling, dropout).flip(2))
+    return torch.cat(outputs, dim=2)
+
+
+def is_one_operator(query: Tensor, dropout: float) -> bool:
+    """Whether `causal_attention` is a single operator for these queries, rather than a loop of kernels."""
+    return query.device.type == "cpu" and not dropout
+
+
+def attention_in_runs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slopes: Tensor,
+    scaling: float,
+    dropout: float,
+    windows: list[int] | None,
+    runs: list[tuple[slice, slice]],
+) -> Tensor:
+    """Runs of tokens attend each by itself, as if it were alone; arguments and result as in `causal_attention`.
+
+    Args:
+        runs: The queries of each run, which are the last of its keys, and the keys; queries in ascending order.
+            Those outside are padding and get zeros.
+    """
+    batch, heads, num_queries, head_dim = query.shape
+    pieces, done = [], 0
+    for queries, keys in runs:
+        q, k, v = query[:, :, queries], key[:, :, keys], value[:, :, keys]
+        run = causal_attention(q, k, v, slopes, scaling, dropout, windows)
+        pieces += [query.new_zeros(batch, heads, queries.start - done, head_dim), run]
+        done = queries.stop
+    pieces.append(query.new_zeros(batch, heads, num_queries - done, head_dim))
+    return torch.cat(pieces, dim=2)
+
+
+def kernel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float, dropout: float) -> Tensor:
+    """PyTorch's attention with a bias `[batch or 1, heads, queries, keys]`, of higher precision where it can be."""
+    if query.device.type != "cpu":
+        # Only the CPU's kernels read a bias of overlapping strides and of another dtype than the queries'.
+        bias = bias.to(query.dtype, copy=True, memory_format=torch.contiguous_format)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=bias.expand(query.shape[0], -1, -1, -1),
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=True if query.shape[1] != key.shape[1] else False,  # noqa: SIM210  decides on symbols, which bool leaves
+    )
+
+
+def _with_slope_column(
+    query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds a column that changes no score and yet carries the gradient of trainable slopes.
+
+    The bias m (j - i) has the derivative j - i in m, and what is constant in a row, such as i, is without
+    effect on a softmax. A column of exact zeros in the queries, whose derivative in m is 1, against the
+    positions j in the keys gives that; the kernel's gradient for queries does the sum. It does so in the dtype of the
+    slopes: 16 bits have no room for positions, nor for a sum in which they cancel.
+    """
+    query, key, value = (states.to(slopes.dtype) for states in (query, key, value))
+    zero = (slopes - slopes.detach())[None, :, None, None] / scaling
+    positions = torch.arange(1 - key.shape[2], 1, device=key.device, dtype=key.dtype)[:, None]
+    columns = zero.expand(*query.shape[:3], 1), positions.expand(*key.shape[:3], 1), value[..., :1] * 0
+    query, key, value = (torch.cat(pair, -1) for pair in zip((query, key, value), columns, strict=True))
+    return query, key, value
+
+
+def _line(query: Tensor, key: Tensor, slopes: Tensor) -> Tensor:
+    """Returns the bias by offset, as far as any tile has it."""
+    return causal_line(slopes, behind=key.shape[2] - 1, ahead=min(FAR_BLOCK, query.shape[2]) - 1)
+
+
+def _corner(tile: Tile, num_queries: int) -> int:
+    """Returns where the line has the bias of the tile's last query and first key."""
+    return num_queries - tile.queries.stop + tile.keys.start
+
+
+def _with_dense_rows(states: Tensor) -> Tensor:
+    """The kernels called below read the last dimension at stride 1, and do not check."""
+    return states if states.stride(-1) == 1 else states.contiguous()
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention_in_tiles", mutates_args=())
+def attention_in_tiles(
+    query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, scaling: float, windows: list[int] | None
+) -> tuple[Tensor, Tensor]:
+    """The tiles through the CPU's flash kernel; arguments as in `causal_attention`.
+
+    Returns:
+        The output, and the logarithm of each softmax's sum, `[batch, heads, queries]`.
+    """
+    query, key, value = (_with_dense_rows(states) for states in (query, key, value))
+    batch, _, num_queries, _ = query.shape
+    line = _line(query, key, slopes)
+    output, logsumexp = _empty_results(query, slopes)
+    for tile in joined(query_tiles(query, key, windows)):
+        q = tile.of_queries(query).flip(2)
+        results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q,
+            tile.of_keys(key),
+            tile.of_keys(value),
+            attn_mask=tile.bias(line, _corner(tile, num_queries)).expand(batch, q.shape[1], -1, -1),
+            scale=scaling,
+        )
+        for into, result in zip((output, logsumexp), results, strict=True):
+            tile.of_queries(into).copy_(result.flip(2))
+    return output, logsumexp
+
+
+def _empty_results(query: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads, num_queries, head_dim = query.shape
+    output = query.new_empty(batch, num_queries, heads, head_dim).transpose(1, 2)
+    return output, slopes.new_empty(batch, heads, num_queries)
+
+
+@attention_in_tiles.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, scaling: float, windows: list[int] | None
+) -> tuple[Tensor, Tensor]:
+    return _empty_results(query, slopes)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention_in_tiles_backward", mutates_args=())
+def attention_in_tiles_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slopes: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    scaling: float,
+    windows: list[int] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of query, key and value, given that of the output and what forward returned."""
+    grad_output, query, key, value = (_with_dense_rows(states) for states in (grad_output, query, key, value))
+    reverse = _line(query, key, slopes).flip(1)
+    grads = [torch.zeros_like(states, dtype=slopes.dtype) for states in (query, key, value)]
+    for tile in map(in_pieces, joined(key_tiles(query, key, windows))):
+        q = tile.of_queries(query)
+        corner = reverse.shape[1] - query.shape[2] + tile.queries.start - tile.keys.stop + 1
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            tile.of_queries(grad_output),
+            q,
+            tile.of_keys(key).flip(2),
+            tile.of_keys(value).flip(2),
+            tile.of_queries(output),
+            tile.of_queries(logsumexp),
+            0.0,
+            False,
+            attn_mask=tile.bias(reverse, corner).expand(len(query), q.shape[1], -1, -1),
+            scale=scaling,
+        )
+        tile.add_queries(grads[0], dq)
+        tile.add_keys(grads[1], dk.flip(2))
+        tile.add_keys(grads[2], dv.flip(2))
+    grad_query, grad_key, grad_value = (grad.to(query.dtype) for grad in grads)
+    return grad_query, grad_key, grad_value
+
+
+@attention_in_tiles_backward.register_fake
+def _(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slopes: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    scaling: float,
+    windows: list[int] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scaling, ctx.windows = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    grads = attention_in_tiles_backward(grad_output, *ctx.saved_tensors, ctx.scaling, ctx.windows)
+    return *grads, None, None, None
+
+
+attention_in_tiles.register_autograd(_backward, setup_context=_save_for_backward)
