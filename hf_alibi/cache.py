@@ -51,21 +51,21 @@ class Ring:
         self.capacity = self.window + 1 + spare
         self.lost = 0
         self.keys = self.values = like.new_zeros(len(like), len(kv_heads), 0, like.shape[3])
-        self._line_of: tuple[int, bool] | None = None  # slots, and whether any position is lost
+        self._lines: dict[tuple[int, bool], Tensor] = {}  # the newest alone
 
     def _line(self) -> tuple[Tensor, int]:
         """Returns the bias by offset from the newest slot, `[heads, offsets]`, and the index of offset 0.
 
         Until a position is lost that is the plain causal bias, and need not be longer than the text: a window may be.
         """
-        slots, spare, is_closed = self.keys.shape[2], self.capacity - self.window - 1, self.lost > 0
-        if self._line_of != (slots, is_closed):
-            self._line_of = slots, is_closed
+        slots, is_closed = self.keys.shape[2], self.lost > 0
+        if (slots, is_closed) not in self._lines:
             if is_closed:
-                self.line = ring_line(self.slopes, self.window, self.capacity)
+                line = ring_line(self.slopes, self.window, self.capacity)
             else:
-                self.line = causal_line(self.slopes, behind=slots - 1, ahead=spare)
-        return self.line, (self.capacity if is_closed else slots) - 1
+                line = causal_line(self.slopes, behind=slots - 1, ahead=self.capacity - self.window - 1)
+            self._lines = {(slots, is_closed): line}
+        return self._lines[slots, is_closed], (self.capacity if is_closed else slots) - 1
 
     def bias(self, num_queries: int, length: int) -> Tensor:
         """Returns the bias of the last queries of a text, in reverse order, `[1, heads, queries, held]`."""
