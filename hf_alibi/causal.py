@@ -174,9 +174,7 @@ def _empty_results(query: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @attention_in_tiles.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, scaling: float, windows: list[int] | None
-) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return _empty_results(query, slopes)
 
 
@@ -219,18 +217,9 @@ def attention_in_tiles_backward(
 
 
 @attention_in_tiles_backward.register_fake
-def _(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slopes: Tensor,
-    output: Tensor,
-    logsumexp: Tensor,
-    scaling: float,
-    windows: list[int] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+def _(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = (torch.empty_like(_with_dense_rows(states)) for states in (query, key, value))
+    return query, key, value
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

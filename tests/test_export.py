@@ -13,7 +13,12 @@ from hf_alibi import AlibiGPTForCausalLM
 from hf_alibi.alibi import alibi_slopes
 from hf_alibi.causal import attention_in_tiles
 
-pytestmark = pytest.mark.filterwarnings("default")  # Dynamo fails where it meets a warning that is an error
+pytestmark = [
+    pytest.mark.filterwarnings("default"),  # Dynamo fails where it meets a warning that is an error
+    pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects"),  # Transformers'
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),  # what is constant in a trace is so on purpose
+    pytest.mark.filterwarnings("ignore:.*is deprecated:"),  # tracing, and what it touches in Transformers
+]
 
 SHAPES: dict[str, dict[str, Any]] = {
     "6-heads": {},
@@ -150,10 +155,14 @@ def test_a_windowed_cache_is_not_exported(make_model: ModelFactory) -> None:
         torch.export.export(program, (tokens(1, 5), torch.ones(1, 5)), strict=False)
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 @pytest.mark.parametrize("windows", [None, [20, 30, 70, 500, 20, 30]], ids=["everything", "windows"])
-def test_the_operator_keeps_to_the_rules_for_operators(windows: list[int] | None) -> None:
-    """That its result has the shape and strides it promises, changes no input, and has a gradient."""
+def test_the_operator_keeps_to_the_rules_for_operators(windows: list[int] | None, transposed: bool) -> None:
+    """That its results have the shapes and strides it promises, that it changes no input, and has a gradient."""
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(2, 6, 40, 8, generator=generator, requires_grad=True)
-    key, value = (torch.randn(2, 3, 50, 8, generator=generator, requires_grad=True) for _ in range(2))
-    torch.library.opcheck(attention_in_tiles, (query, key, value, torch.tensor(alibi_slopes(6)), 0.3, windows))
+    inputs = []
+    for heads, length in [(6, 40), (3, 50), (3, 50)]:
+        sizes = (2, heads, 8, length) if transposed else (2, heads, length, 8)
+        states = torch.randn(sizes, generator=generator)
+        inputs.append((states.mT if transposed else states).requires_grad_())
+    torch.library.opcheck(attention_in_tiles, (*inputs, torch.tensor(alibi_slopes(6)), 0.3, windows))
