@@ -47,12 +47,24 @@ def padding(batch: int, length: int) -> Tensor:
     return mask
 
 
-def assert_logits_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * expected.abs().max().item())
 
 
 def gradients(model: Any, input_ids: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(model(input_ids, labels=input_ids, use_cache=False).loss, weights)
+
+
+def test_forward_and_training_step_compile_as_one_graph(make_model: ModelFactory) -> None:
+    model = make_model()
+    input_ids = tokens(2, 700)
+    weights = list(model.parameters())
+    expected = gradients(model, input_ids, weights)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert_close(compiled(input_ids, use_cache=False).logits, model(input_ids, use_cache=False).logits)
+    for gradient, exact in zip(gradients(compiled, input_ids, weights), expected, strict=True):
+        assert_close(gradient, exact)
 
 
 @each_shape
@@ -68,10 +80,10 @@ def test_one_graph_serves_all_lengths(make_model: ModelFactory, shape: dict[str,
             input_ids = tokens(2, length)
             with torch.no_grad():
                 expected = model(input_ids, use_cache=False).logits
-                assert_logits_close(compiled(input_ids, use_cache=False).logits, expected)
+                assert_close(compiled(input_ids, use_cache=False).logits, expected)
             pairs = zip(gradients(compiled, input_ids, weights), gradients(model, input_ids, weights), strict=True)
             for actual, exact in pairs:
-                assert_logits_close(actual, exact, tolerance=1e-4)
+                assert_close(actual, exact, tolerance=1e-4)
 
 
 def test_a_static_cache_of_any_size(make_model: ModelFactory) -> None:
@@ -83,7 +95,7 @@ def test_a_static_cache_of_any_size(make_model: ModelFactory) -> None:
         for size in (90, 100):
             past = StaticCache(model.config, max_cache_len=size)
             logits = [compiled(part, past_key_values=past).logits for part in input_ids.split([40, 30, 1, 9], dim=1)]
-            assert_logits_close(torch.cat(logits, 1), expected)
+            assert_close(torch.cat(logits, 1), expected)
 
 
 def exported(model: AlibiGPTForCausalLM, strict: bool = False) -> Any:
@@ -103,7 +115,7 @@ def test_a_program_for_all_lengths(make_model: ModelFactory, shape: dict[str, An
     for batch, length in [(3, 5), (2, 40), (4, 700)]:
         inputs = {"input_ids": tokens(batch, length), "attention_mask": padding(batch, length), "use_cache": False}
         with torch.no_grad():
-            assert_logits_close(program(**inputs).logits, model(**inputs).logits)
+            assert_close(program(**inputs).logits, model(**inputs).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -121,7 +133,7 @@ def test_a_program_in_16_bits(make_model: ModelFactory, dtype: torch.dtype) -> N
         assert len({operand.shape[1] for operand in operands}) == 1
     inputs = {"input_ids": tokens(2, 300), "attention_mask": padding(2, 300), "use_cache": False}
     with torch.no_grad():
-        assert_logits_close(program(**inputs).logits, model(**inputs).logits, tolerance=0.1)
+        assert_close(program(**inputs).logits, model(**inputs).logits, tolerance=0.1)
 
 
 class Logits(nn.Module):
@@ -144,7 +156,7 @@ def test_a_trace_has_no_blocks(make_model: ModelFactory) -> None:
     traced = torch.jit.trace(program, (tokens(2, 600), padding(2, 600)))
     for length in (30, 1300):
         inputs = tokens(2, length), padding(2, length)
-        assert_logits_close(traced(*inputs), program(*inputs))
+        assert_close(traced(*inputs), program(*inputs))
 
 
 @torch.no_grad()
