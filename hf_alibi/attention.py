@@ -24,10 +24,10 @@ from .causal import attention_in_runs, causal_attention, is_one_operator, kernel
 from .flash import alibi_flash_attention
 from .flex import alibi_flex_attention
 from .layout import TokenLayout
-from .windows import head_windows, norm_bounds, qk_norm_guarantee
+from .tiles import FEW_KEYS
+from .windows import head_windows, norm_bounds, qk_norm_bound
 
 QUERY_BLOCK = 512  # queries that get a stored bias at a time; fewer are not worth looking at norms for windows
-FEW_KEYS = 1024  # up to so many there is little to win by leaving some out
 
 
 def eager_attention_forward(
@@ -125,7 +125,8 @@ def flex_attention_forward(
     slopes = local_slopes(module, attention_mask.slopes, query)
     query, key, value = _prepared(query, key, value, attention_mask)
     windows = None
-    if query.shape[2] >= QUERY_BLOCK:  # a few queries are not worth waiting for the windows
+    # A few queries are not worth waiting for the windows, and what is compiled cannot be.
+    if not torch.compiler.is_compiling() and query.shape[2] >= QUERY_BLOCK:
         windows = lossless_windows(module, query, key, slopes, scaling)
     with torch.autocast(query.device.type, enabled=False):
         output = alibi_flex_attention(query, key, value, slopes, scaling, attention_mask, windows)
@@ -172,19 +173,19 @@ def _prepared(query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout) ->
     return query, key, value
 
 
-def lossless_windows(module: Any, query: Tensor, key: Tensor, slopes: Tensor, scaling: float) -> list[int] | None:
-    """Returns how far back each query head needs to look, or `None` where looking at everything is as fast.
+def lossless_windows(module: Any, query: Tensor, key: Tensor, slopes: Tensor, scaling: float) -> Tensor | None:
+    """Returns how far back each query head needs to look, `[heads]`, or `None` if looking at everything is as fast.
 
     With QK-norm the windows follow from the module's weights, if these are not offloaded just now; otherwise from the
     norms at hand, which are worth their cost for many queries only.
     """
-    tolerance = module.config.window_tolerance
-    if not tolerance or torch.compiler.is_compiling() or key.shape[2] <= FEW_KEYS:
+    tolerance, any_length = module.config.window_tolerance, _has_any_length(query, key)
+    if not tolerance or (not any_length and key.shape[2] <= FEW_KEYS):
         return None
     if module.config.qk_norm and not module.q_norm.weight.is_meta:
-        return qk_norm_guarantee(slopes.tolist(), module.q_norm.weight, module.k_norm.weight, tolerance).windows
-    if query.shape[2] >= QUERY_BLOCK:
-        return head_windows(slopes.tolist(), norm_bounds(query, key, scaling), tolerance)
+        return head_windows(slopes, qk_norm_bound(module.q_norm.weight, module.k_norm.weight), tolerance)
+    if any_length or query.shape[2] >= QUERY_BLOCK:
+        return head_windows(slopes, norm_bounds(query, key, scaling), tolerance)
     return None
 
 
@@ -195,7 +196,7 @@ def _segmented(
     slopes: Tensor,
     scaling: float,
     dropout: float,
-    windows: list[int] | None,
+    windows: Tensor | None,
     layout: TokenLayout,
 ) -> Tensor:
     """The runs of the flattened batch. Padding gets zeros, except as the last token, from which `generate` goes on."""

@@ -35,7 +35,7 @@ class Ring:
         heads: `[heads]`, indices of its query heads.
         kv_heads: `[key_value_heads]`, indices of its key-value heads.
         slopes: `[heads]`.
-        windows: How far back each of its query heads looks.
+        windows: How far back each of its query heads looks, `[heads]`.
         window: The widest of them.
         capacity: Positions that it can hold.
         lost: How many of the first positions it does not hold, or no longer.
@@ -44,10 +44,10 @@ class Ring:
     """
 
     def __init__(
-        self, heads: Tensor, kv_heads: Tensor, slopes: Tensor, windows: list[int], spare: int, like: Tensor
+        self, heads: Tensor, kv_heads: Tensor, slopes: Tensor, windows: Tensor, spare: int, like: Tensor
     ) -> None:
         self.heads, self.kv_heads, self.slopes, self.windows = heads, kv_heads, slopes, windows
-        self.window = max(windows)
+        self.window = int(windows.max())
         self.capacity = self.window + 1 + spare
         self.lost = 0
         self.keys = self.values = like.new_zeros(len(like), len(kv_heads), 0, like.shape[3])
@@ -274,7 +274,7 @@ class WindowedLayer(CacheLayerMixin):
     def _ring(self, kv_heads: list[int], like: Tensor, limited: bool) -> Ring:
         size = len(self.windows) // len(self.kv_windows)
         heads = [size * head + i for head in kv_heads for i in range(size)]
-        windows = [self.windows[head] if limited else UNLIMITED for head in heads]
+        windows = torch.tensor([self.windows[head] if limited else UNLIMITED for head in heads])
         query_index, key_index = (torch.tensor(index, device=self.device) for index in (heads, kv_heads))
         return Ring(query_index, key_index, self.slopes[query_index], windows, self.spare, like)
 

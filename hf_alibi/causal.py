@@ -28,7 +28,7 @@ def causal_attention(
     slopes: Tensor,
     scaling: float,
     dropout: float,
-    windows: list[int] | None,
+    windows: Tensor | None,
 ) -> Tensor:
     """Attention of queries that are the last of the keys, nothing but the future being hidden.
 
@@ -39,7 +39,7 @@ def causal_attention(
         slopes: `[heads]`.
         scaling: Factor of the scores before the bias is added.
         dropout: Probability of dropping an attention weight.
-        windows: How far back each query head looks; `None`: to the first key.
+        windows: How far back each query head looks, `[heads]`; `None`: to the first key.
 
     Returns:
         `[batch, heads, queries, head_dim]`.
@@ -47,8 +47,9 @@ def causal_attention(
     if is_one_operator(query, dropout):
         dtype, head_dim = query.dtype, query.shape[3]
         if slopes.requires_grad:
+            query, key, value = (states.to(slopes.dtype) for states in (query, key, value))
             query, key, value = _with_slope_column(query, key, value, slopes, scaling)
-        output, _ = attention_in_tiles(query, key, value, slopes.detach(), scaling, windows)
+        output, _ = attention_in_tiles(query, key, value, slopes.detach(), windows, scaling)
         return output[..., :head_dim].to(dtype)
     outputs = []
     line = _line(query, key, slopes)
@@ -71,7 +72,7 @@ def attention_in_runs(
     slopes: Tensor,
     scaling: float,
     dropout: float,
-    windows: list[int] | None,
+    windows: Tensor | None,
     runs: list[tuple[slice, slice]],
 ) -> Tensor:
     """Runs of tokens attend each by itself, as if it were alone; arguments and result as in `causal_attention`.
@@ -114,10 +115,9 @@ def _with_slope_column(
 
     The bias m (j - i) has the derivative j - i in m, and what is constant in a row, such as i, is without
     effect on a softmax. A column of exact zeros in the queries, whose derivative in m is 1, against the
-    positions j in the keys gives that; the kernel's gradient for queries does the sum. It does so in the dtype of the
+    positions j in the keys gives that; the kernel's gradient for queries does the sum. All are of the dtype of the
     slopes: 16 bits have no room for positions, nor for a sum in which they cancel.
     """
-    query, key, value = (states.to(slopes.dtype) for states in (query, key, value))
     zero = (slopes - slopes.detach())[None, :, None, None] / scaling
     positions = torch.arange(1 - key.shape[2], 1, device=key.device, dtype=key.dtype)[:, None]
     columns = zero.expand(*query.shape[:3], 1), positions.expand(*key.shape[:3], 1), value[..., :1] * 0
@@ -135,6 +135,10 @@ def _corner(tile: Tile, num_queries: int) -> int:
     return num_queries - tile.queries.stop + tile.keys.start
 
 
+def _listed(windows: Tensor | None) -> list[int] | None:
+    return None if windows is None else windows.tolist()
+
+
 def _with_dense_rows(states: Tensor) -> Tensor:
     """The kernels called below read the last dimension at stride 1, and do not check."""
     return states if states.stride(-1) == 1 else states.contiguous()
@@ -142,7 +146,7 @@ def _with_dense_rows(states: Tensor) -> Tensor:
 
 @torch.library.custom_op(f"{NAMESPACE}::attention_in_tiles", mutates_args=())
 def attention_in_tiles(
-    query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, scaling: float, windows: list[int] | None
+    query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, windows: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """The tiles through the CPU's flash kernel; arguments as in `causal_attention`.
 
@@ -153,7 +157,7 @@ def attention_in_tiles(
     batch, _, num_queries, _ = query.shape
     line = _line(query, key, slopes)
     output, logsumexp = _empty_results(query, slopes)
-    for tile in joined(query_tiles(query, key, windows)):
+    for tile in joined(query_tiles(query, key, _listed(windows))):
         q = tile.of_queries(query).flip(2)
         results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q,
@@ -185,16 +189,16 @@ def attention_in_tiles_backward(
     key: Tensor,
     value: Tensor,
     slopes: Tensor,
+    windows: Tensor | None,
     output: Tensor,
     logsumexp: Tensor,
     scaling: float,
-    windows: list[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key and value, given that of the output and what forward returned."""
     grad_output, query, key, value = (_with_dense_rows(states) for states in (grad_output, query, key, value))
     reverse = _line(query, key, slopes).flip(1)
     grads = [torch.zeros_like(states, dtype=slopes.dtype) for states in (query, key, value)]
-    for tile in map(in_pieces, joined(key_tiles(query, key, windows))):
+    for tile in map(in_pieces, joined(key_tiles(query, key, _listed(windows)))):
         q = tile.of_queries(query)
         corner = reverse.shape[1] - query.shape[2] + tile.queries.start - tile.keys.stop + 1
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -223,12 +227,12 @@ def _(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: A
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scaling, ctx.windows = inputs
+    *tensors, ctx.scaling = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
 def _backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    grads = attention_in_tiles_backward(grad_output, *ctx.saved_tensors, ctx.scaling, ctx.windows)
+    grads = attention_in_tiles_backward(grad_output, *ctx.saved_tensors, ctx.scaling)
     return *grads, None, None, None
 
 

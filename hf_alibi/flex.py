@@ -41,7 +41,7 @@ def alibi_flex_attention(
     slopes: Tensor,
     scaling: float,
     layout: TokenLayout,
-    windows: list[int] | None,
+    windows: Tensor | None,
 ) -> Tensor:
     """Attention through FlexAttention.
 
@@ -52,7 +52,7 @@ def alibi_flex_attention(
         slopes: `[heads]`.
         scaling: Factor of the scores before the bias is added.
         layout: Positions and visibility of the tokens.
-        windows: How far back each query head looks; `None`: to the first key.
+        windows: How far back each query head looks, `[heads]`; `None`: to the first key.
 
     Returns:
         `[batch, heads, queries, head_dim]`; queries that see nothing get zeros, unless `layout.mask` hides the keys.
@@ -95,7 +95,7 @@ def _compiled_flex_attention() -> Callable[..., Any]:
 
 
 def _bias(
-    query: Tensor, key: Tensor, slopes: Tensor, layout: TokenLayout, windows: list[int] | None
+    query: Tensor, key: Tensor, slopes: Tensor, layout: TokenLayout, windows: Tensor | None
 ) -> tuple[BlockMask | None, Callable[..., Tensor]]:
     """Returns which blocks to compute, and the function that adds the bias to a score."""
     if layout.mask is not None:
@@ -107,7 +107,7 @@ def _bias(
         shared["visibility"] = _visibility(layout, len(query), query.shape[2], key.shape[2])
     distance, mask = shared["visibility"]
     if windows is not None:
-        limits = tuple(min(window // BLOCK + 1, mask.kv_indices.shape[-1]) for window in windows)
+        limits = tuple(min(window // BLOCK + 1, mask.kv_indices.shape[-1]) for window in windows.tolist())
         if limits not in shared:
             shared[limits] = _cut_short(mask, limits)
         mask = shared[limits]

@@ -21,6 +21,7 @@ FAR = 4096  # keys
 KEY_BLOCK = 512  # keys in a tile of backward, which its kernel takes at once
 FULL_SPEED = 768  # queries from which on the kernels take more of them at once
 MAX_BLOCKS = 8  # blocks in a tile: work for that many threads, in bounded memory
+FEW_KEYS = 1024  # up to so many there is little to win by leaving some out
 GRAIN = 128  # windows end at multiples of this, so that heads with similar ones share a tile
 
 
@@ -143,7 +144,7 @@ def _heads(kv_heads: Iterable[int], size: int) -> tuple[slice, slice]:
 def _reach(query: Tensor, key: Tensor, windows: list[int] | None) -> list[int]:
     """Returns how far back the queries of each key-value head look, in whole grains."""
     kv_heads, num_keys = key.shape[1:3]
-    if windows is None:
+    if windows is None or num_keys <= FEW_KEYS:
         return [num_keys] * kv_heads
     size = query.shape[1] // kv_heads
     furthest = [max(windows[size * head : size * (head + 1)]) for head in range(kv_heads)]

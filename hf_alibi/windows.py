@@ -18,7 +18,6 @@ QK-norm gives U from the weights alone, before any data; without it, U follows f
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,26 +28,22 @@ from .configuration_alibi_gpt import AlibiGPTConfig
 UNLIMITED = 2**62  # tokens: a window that every text fits in
 
 
-def head_windows(slopes: Sequence[float], score_bounds: Sequence[float], tolerance: float) -> list[int]:
-    """Returns for every head the distance W beyond which keys may be left out; `UNLIMITED` if there is none.
+def head_windows(slopes: Tensor, score_bounds: Tensor, tolerance: float) -> Tensor:
+    """Returns for every head the distance W beyond which keys may be left out, `[heads]`, integers.
 
-    There is none for a bound that is not finite, or for a slope that has become 0 in float32.
+    It is `UNLIMITED` for a bound that is not finite, and for a slope that has become 0 in float32.
 
     Args:
-        slopes: One for each head, in nats per token.
-        score_bounds: U of every head, in nats.
+        slopes: `[heads]`, in nats per token.
+        score_bounds: U of every head or of all, in nats, `[heads]` or `[]`.
         tolerance: eps, the fraction of the softmax's mass that may be lost, above 0.
     """
-    margin = -math.log(tolerance)
-    windows = []
-    for slope, bound in zip(slopes, score_bounds, strict=True):
-        has_one = 2 * bound + margin < UNLIMITED * slope  # False for NaN
-        windows.append(math.ceil((2 * bound + margin) / slope) if has_one else UNLIMITED)
-    return windows
+    distances = (2 * score_bounds.double() - math.log(tolerance)) / slopes.detach().double()
+    return torch.where(distances < UNLIMITED, distances.ceil(), UNLIMITED).long()  # NaN is not less
 
 
-def qk_norm_bound(query_gain: Tensor, key_gain: Tensor) -> float:
-    """Returns U for queries and keys out of an RMSNorm with these gains, by Cauchy and Schwarz.
+def qk_norm_bound(query_gain: Tensor, key_gain: Tensor) -> Tensor:
+    """Returns U, `[]`, for queries and keys out of an RMSNorm with these gains, by Cauchy and Schwarz.
 
     Normed vectors have length sqrt(d), so their weighted product is at most d times the largest product of
     gains, and U is that over sqrt(d). Rounded to bfloat16, queries, keys and gains may each exceed their
@@ -58,11 +53,12 @@ def qk_norm_bound(query_gain: Tensor, key_gain: Tensor) -> float:
         query_gain: `[head_dim]`.
         key_gain: `[head_dim]`.
     """
-    return 1.01 * math.sqrt(len(query_gain)) * (query_gain * key_gain).abs().max().item()
+    largest = (query_gain.detach().float() * key_gain.detach().float()).abs().max()
+    return 1.01 * math.sqrt(len(query_gain)) * largest
 
 
-def norm_bounds(query: Tensor, key: Tensor, scaling: float) -> list[float]:
-    """Returns U of every query head for the queries and keys at hand.
+def norm_bounds(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Returns U of every query head, `[heads]`, for the queries and keys at hand.
 
     Args:
         query: `[batch, heads, queries, head_dim]`.
@@ -71,7 +67,7 @@ def norm_bounds(query: Tensor, key: Tensor, scaling: float) -> list[float]:
     """
     longest_query, longest_key = (states.detach().float().norm(dim=-1).amax((0, 2)) for states in (query, key))
     groups = len(longest_query) // len(longest_key)
-    return (longest_query * longest_key.repeat_interleave(groups) * scaling * (1 + 1e-6)).tolist()
+    return longest_query * longest_key.repeat_interleave(groups) * scaling * (1 + 1e-6)
 
 
 @dataclass(frozen=True)
@@ -111,8 +107,9 @@ def qk_norm_guarantee(slopes: list[float], query_gain: Tensor, key_gain: Tensor,
         key_gain: `[head_dim]`.
         tolerance: eps, above 0.
     """
-    bound = qk_norm_bound(query_gain, key_gain)
-    return WindowGuarantee(slopes, head_windows(slopes, [bound] * len(slopes), tolerance), bound, tolerance)
+    bound = qk_norm_bound(query_gain, key_gain).cpu()
+    windows = head_windows(torch.tensor(slopes, dtype=torch.float64), bound, tolerance)
+    return WindowGuarantee(slopes, windows.tolist(), bound.item(), tolerance)
 
 
 def window_guarantee(config: AlibiGPTConfig) -> WindowGuarantee:

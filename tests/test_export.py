@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import Cache, StaticCache
 
-from hf_alibi import AlibiGPTForCausalLM
+from hf_alibi import AlibiGPTForCausalLM, tiles
 from hf_alibi.alibi import alibi_slopes
 from hf_alibi.causal import attention_in_tiles
 
@@ -84,6 +84,28 @@ def test_one_graph_serves_all_lengths(make_model: ModelFactory, shape: dict[str,
             pairs = zip(gradients(compiled, input_ids, weights), gradients(model, input_ids, weights), strict=True)
             for actual, exact in pairs:
                 assert_close(actual, exact, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("qk_norm", [True, False], ids=["qk-norm", "no-qk-norm"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["one-length", "all-lengths"])
+def test_a_compiled_model_has_windows(make_model: ModelFactory, qk_norm: bool, dynamic: bool) -> None:
+    """Ones so narrow that they show; they follow the weights without another graph."""
+    model = make_model(qk_norm=qk_norm, window_tolerance=0.5, hidden_size=48)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    input_ids, weights = tokens(2, 1800), list(model.parameters())
+    gradients(compiled, input_ids, weights)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            (layer.self_attn.q_norm if qk_norm else layer.self_attn.q_proj).weight *= 0.01
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        actual = gradients(compiled, input_ids, weights)
+    expected = gradients(model, input_ids, weights)
+    for gradient, exact in zip(actual, expected, strict=True):
+        assert_close(gradient, exact)
+    model.config.window_tolerance = 0
+    whole = gradients(model, input_ids, weights)
+    with pytest.raises(AssertionError):
+        assert_close(whole[0], expected[0], tolerance=1e-3)
 
 
 def test_a_static_cache_of_any_size(make_model: ModelFactory) -> None:
@@ -169,12 +191,16 @@ def test_a_windowed_cache_is_not_exported(make_model: ModelFactory) -> None:
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 @pytest.mark.parametrize("windows", [None, [20, 30, 70, 500, 20, 30]], ids=["everything", "windows"])
-def test_the_operator_keeps_to_the_rules_for_operators(windows: list[int] | None, transposed: bool) -> None:
+def test_the_operator_keeps_to_the_rules_for_operators(
+    windows: list[int] | None, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """That its results have the shapes and strides it promises, that it changes no input, and has a gradient."""
+    monkeypatch.setattr(tiles, "FEW_KEYS", 0)
     generator = torch.Generator().manual_seed(0)
     inputs = []
     for heads, length in [(6, 40), (3, 50), (3, 50)]:
         sizes = (2, heads, 8, length) if transposed else (2, heads, length, 8)
         states = torch.randn(sizes, generator=generator)
         inputs.append((states.mT if transposed else states).requires_grad_())
-    torch.library.opcheck(attention_in_tiles, (*inputs, torch.tensor(alibi_slopes(6)), 0.3, windows))
+    reach = None if windows is None else torch.tensor(windows)
+    torch.library.opcheck(attention_in_tiles, (*inputs, torch.tensor(alibi_slopes(6)), reach, 0.3))

@@ -166,7 +166,7 @@ def test_layers_share_their_masks() -> None:
     layout = layout_of(6, 2, 700)
     query, key, _ = states(6, 2, 700, 700, dtype=torch.float32)
     first, second, third, fourth = (
-        flex._bias(query, key, layout.slopes, layout, windows)[0]
+        flex._bias(query, key, layout.slopes, layout, windows if windows is None else torch.tensor(windows))[0]
         for windows in (None, None, [1, 1, 1, 1, 200, 900], [9, 9, 9, 9, 201, 5000])
     )
     assert first is second

@@ -11,7 +11,7 @@ from conftest import ModelFactory
 from torch import Tensor
 from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
 
-from hf_alibi import AlibiGPTForCausalLM
+from hf_alibi import AlibiGPTForCausalLM, tiles
 from hf_alibi.alibi import alibi_slopes
 from hf_alibi.causal import attention_in_runs
 from hf_alibi.paged import paged_config, paged_layout
@@ -219,15 +219,18 @@ def test_a_pass_without_a_mask_is_refused() -> None:
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 6), (12, 4)], ids=["6-heads", "12-heads-grouped"])
 @pytest.mark.parametrize("windowed", [False, True], ids=["all-keys", "windows"])
-def test_every_request_attends_as_the_formula_says(heads: int, kv_heads: int, windowed: bool) -> None:
-    slopes, scaling = alibi_slopes(heads), 0.25
+def test_every_request_attends_as_the_formula_says(
+    heads: int, kv_heads: int, windowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "FEW_KEYS", 0)
+    slopes, scaling = torch.tensor(alibi_slopes(heads)), 0.25
     shapes = [(1, heads, 21, 16), (1, kv_heads, 715, 16), (1, kv_heads, 715, 16)]
     generator = torch.Generator().manual_seed(2)
     query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
     windows = head_windows(slopes, norm_bounds(query, key, scaling), 2.0**-24) if windowed else None
     requests = [(slice(0, 1), slice(0, 600)), (slice(1, 18), slice(600, 617)), (slice(18, 20), slice(617, 710))]
-    output = attention_in_runs(query, key, value, torch.tensor(slopes), scaling, 0.0, windows, requests)
+    output = attention_in_runs(query, key, value, slopes, scaling, 0.0, windows, requests)
     for queries, keys in requests:
-        expected = oracle.attention(query[:, :, queries], key[:, :, keys], value[:, :, keys], slopes, scaling)
+        expected = oracle.attention(query[:, :, queries], key[:, :, keys], value[:, :, keys], slopes.tolist(), scaling)
         torch.testing.assert_close(output[:, :, queries].double(), expected, rtol=0, atol=1e-5)
     assert not output[:, :, 20:].any()

@@ -21,6 +21,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         "FAR": 128,
         "KEY_BLOCK": 16,
         "FULL_SPEED": 24,
+        "FEW_KEYS": 0,
         "GRAIN": 4,
     }.items():
         monkeypatch.setattr(tiles, name, size)
@@ -36,12 +37,12 @@ def test_output_and_gradients(heads: int, kv_heads: int, length: int, past: int,
     key, value = (
         torch.randn(2, kv_heads, past + length, HEAD_DIM, dtype=torch.float64, requires_grad=True) for _ in range(2)
     )
-    slopes = [8 * slope for slope in alibi_slopes(heads)]  # windows of 10 to 2,000 tokens
+    slopes = 8 * torch.tensor(alibi_slopes(heads), dtype=torch.float64)  # windows of 10 to 2,000 tokens
     windows = head_windows(slopes, norm_bounds(query, key, SCALING), 2.0**-52) if windowed else None
     inputs = (query, key, value)
 
-    output = causal_attention(*inputs, torch.tensor(slopes, dtype=torch.float64), SCALING, 0.0, windows)
-    expected = oracle.attention(*inputs, slopes, SCALING)
+    output = causal_attention(*inputs, slopes, SCALING, 0.0, windows)
+    expected = oracle.attention(*inputs, slopes.tolist(), SCALING)
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-13)
     direction = torch.randn_like(expected)
     for actual, exact in zip(*(torch.autograd.grad(x, inputs, direction) for x in (output, expected)), strict=True):

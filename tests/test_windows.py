@@ -41,7 +41,7 @@ def lost_fraction(query: Tensor, key: Tensor, slope: float, window: int) -> floa
 @pytest.mark.parametrize("heads", [6, 12])
 def test_the_bound_holds_and_is_nearly_reached(heads: int, bound: float, tolerance: float) -> None:
     slopes = alibi_slopes(heads)
-    windows = head_windows(slopes, [bound] * heads, tolerance)
+    windows = head_windows(torch.tensor(slopes, dtype=torch.float64), torch.tensor(bound), tolerance).tolist()
     query, key, _ = adversary(bound, heads, 3 * max(windows), windows)
     for head, (slope, window) in enumerate(zip(slopes, windows, strict=True)):
         lost = lost_fraction(query[0, head, 0], key[0, head], slope, window)
@@ -52,11 +52,11 @@ def test_the_bound_holds_and_is_nearly_reached(heads: int, bound: float, toleran
 @pytest.mark.parametrize("kv_heads", [6, 2])
 def test_leaving_out_the_rest_changes_the_output_by_less_than_promised(kv_heads: int) -> None:
     heads, bound, tolerance = 6, 2.0, 1e-4
-    windows = head_windows(alibi_slopes(heads), [bound] * heads, tolerance)
-    inputs = list(adversary(bound, heads, 3000, windows))
-    inputs[1:] = [states[:, :: heads // kv_heads] for states in inputs[1:]]
     slopes = torch.tensor(alibi_slopes(heads), dtype=torch.float64)
-    assert any(tile.keys.start > 0 for tile in query_tiles(inputs[0], inputs[1], windows))
+    windows = head_windows(slopes, torch.tensor(bound), tolerance)
+    inputs = list(adversary(bound, heads, 3000, windows.tolist()))
+    inputs[1:] = [states[:, :: heads // kv_heads] for states in inputs[1:]]
+    assert any(tile.keys.start > 0 for tile in query_tiles(inputs[0], inputs[1], windows.tolist()))
     output = causal_attention(*inputs, slopes, SCALING, 0.0, windows)
     expected = oracle.attention(*inputs, oracle.paper_slopes(heads), SCALING)
     assert 0 < (output - expected).abs().max() <= 2 * tolerance
@@ -72,8 +72,8 @@ def test_windows_at_float_rounding_change_neither_output_nor_gradients(
     shapes = [(1, heads, length, HEAD_DIM), (1, kv_heads, length, HEAD_DIM), (1, kv_heads, length, HEAD_DIM)]
     inputs = [(torch.randn(shape, dtype=torch.float64) / 2).to(dtype).requires_grad_() for shape in shapes]
     slopes = torch.tensor(alibi_slopes(heads), dtype=torch.promote_types(dtype, torch.float32))
-    windows = head_windows(slopes.tolist(), norm_bounds(inputs[0], inputs[1], SCALING), tolerance)
-    assert any(tile.keys.start > 0 for tile in query_tiles(inputs[0], inputs[1], windows)) or kv_heads == 1
+    windows = head_windows(slopes, norm_bounds(inputs[0], inputs[1], SCALING), tolerance)
+    assert any(tile.keys.start > 0 for tile in query_tiles(inputs[0], inputs[1], windows.tolist())) or kv_heads == 1
 
     expected = oracle.attention(*inputs, oracle.paper_slopes(heads), SCALING)
     direction = torch.randn_like(expected)
@@ -93,15 +93,16 @@ def test_bounds_are_those_of_cauchy_and_schwarz() -> None:
     query, key = (torch.nn.functional.rms_norm(torch.randn(2, 6, 111, HEAD_DIM), [HEAD_DIM], gain) for gain in gains)
     scores = (query @ key.transpose(2, 3) * SCALING).abs().amax((0, 2, 3))
     bounds = norm_bounds(query, key, SCALING)
-    assert torch.all(scores <= torch.tensor(bounds))
+    assert torch.all(scores <= bounds)
     assert scores.max() <= qk_norm_bound(gains[0], gains[1])
     reached = (gains[0] * gains[1]).max().item() * math.sqrt(HEAD_DIM)  # by vectors along that channel
-    assert qk_norm_bound(gains[0], gains[1]) == pytest.approx(reached, rel=0.011)
+    assert qk_norm_bound(gains[0], gains[1]).item() == pytest.approx(reached, rel=0.011)
 
 
 @pytest.mark.parametrize(("slope", "bound"), [(0.0, 8.0), (1e-300, 8.0), (0.5, math.inf), (0.5, math.nan)])
 def test_without_a_finite_distance_nothing_is_left_out(slope: float, bound: float) -> None:
-    assert head_windows([1.0, slope], [8.0, bound], 1e-320) == [math.ceil(16 - math.log(1e-320)), UNLIMITED]
+    slopes, bounds = (torch.tensor(pair, dtype=torch.float64) for pair in ([1.0, slope], [8.0, bound]))
+    assert head_windows(slopes, bounds, 1e-320).tolist() == [math.ceil(16 - math.log(1e-320)), UNLIMITED]
 
 
 @pytest.mark.parametrize("qk_norm", [True, False], ids=["qk-norm", "no-qk-norm"])
@@ -117,7 +118,7 @@ def test_what_is_not_finite_is_seen_in_the_output(make_model: ModelFactory, qk_n
 
 def test_the_example_of_eight_heads() -> None:
     guarantee = window_guarantee(AlibiGPTConfig(hidden_size=512, num_attention_heads=8))
-    unrounded = head_windows(alibi_slopes(8), [8.0] * 8, 2.0**-24)
+    unrounded = head_windows(torch.tensor(alibi_slopes(8)), torch.tensor(8.0), 2.0**-24).tolist()
     assert unrounded == [66, 131, 262, 523, 1045, 2089, 4178, 8355]
     for window, exact in zip(guarantee.windows, unrounded, strict=True):
         assert exact <= window <= 1.006 * exact + 1
