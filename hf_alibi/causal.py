@@ -46,8 +46,9 @@ def causal_attention(
     """
     if is_one_operator(query, dropout):
         dtype, head_dim = query.dtype, query.shape[3]
-        if slopes.requires_grad:
+        if slopes.requires_grad or dtype == torch.float16:  # in which the kernels are slower, many times in backward
             query, key, value = (states.to(slopes.dtype) for states in (query, key, value))
+        if slopes.requires_grad:
             query, key, value = _with_slope_column(query, key, value, slopes, scaling)
         output, _ = attention_in_tiles(query, key, value, slopes.detach(), windows, scaling)
         return output[..., :head_dim].to(dtype)
