@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .alibi import causal_line
-from .tiles import FAR_BLOCK, Tile, in_pieces, joined, key_tiles, query_tiles
+from .tiles import FULL_SPEED, Tile, in_pieces, joined, key_tiles, query_tiles
 
 NAMESPACE = re.sub(r"\W", "_", __name__)  # the copy of this file that comes with a model has operators of its own
 
@@ -128,7 +128,7 @@ def _with_slope_column(
 
 def _line(query: Tensor, key: Tensor, slopes: Tensor) -> Tensor:
     """Returns the bias by offset, as far as any tile has it."""
-    return causal_line(slopes, behind=key.shape[2] - 1, ahead=min(FAR_BLOCK, query.shape[2]) - 1)
+    return causal_line(slopes, behind=key.shape[2] - 1, ahead=min(FULL_SPEED, query.shape[2]) - 1)
 
 
 def _corner(tile: Tile, num_queries: int) -> int:

@@ -16,10 +16,9 @@ from torch import Tensor
 from .alibi import bias_view
 
 NEAR_BLOCK = 256  # queries in a tile: half of it is what it hides in vain
-FAR_BLOCK = 1024  # for queries that see so much that the kernel's speed with this many outweighs what it hides
-FAR = 4096  # keys
-KEY_BLOCK = 512  # keys in a tile of backward, which its kernel takes at once
 FULL_SPEED = 768  # queries from which on the kernels take more of them at once
+FAR = 4096  # keys: for queries that see so much, full speed outweighs what is hidden in vain
+KEY_BLOCK = 512  # keys in a tile of backward, which its kernel takes at once
 MAX_BLOCKS = 8  # blocks in a tile: work for that many threads, in bounded memory
 FEW_KEYS = 1024  # up to so many there is little to win by leaving some out
 GRAIN = 128  # windows end at multiples of this, so that heads with similar ones share a tile
@@ -110,7 +109,7 @@ def query_tiles(query: Tensor, key: Tensor, windows: list[int] | None) -> Iterat
     past = num_keys - num_queries
     reach, size = _reach(query, key, windows), query.shape[1] // key.shape[1]
     for is_far, alike in groupby(range(len(reach)), key=lambda head: reach[head] >= FAR):
-        block, members = FAR_BLOCK if is_far else NEAR_BLOCK, list(alike)
+        block, members = FULL_SPEED if is_far else NEAR_BLOCK, list(alike)
         for start in range(0, num_queries, block):
             stop = min(start + block, num_queries)
             for first, group in groupby(members, key=lambda head: max(0, past + start - reach[head])):
