@@ -198,7 +198,8 @@ def attention_in_tiles_backward(
     """Returns the gradients of query, key and value, given that of the output and what forward returned."""
     grad_output, query, key, value = (_with_dense_rows(states) for states in (grad_output, query, key, value))
     reverse = _line(query, key, slopes).flip(1)
-    grads = [torch.zeros_like(states, dtype=slopes.dtype) for states in (query, key, value)]
+    grad_query = torch.zeros_like(query, dtype=slopes.dtype)  # a sum over tiles; that of keys is a tile's own
+    grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
     for tile in map(in_pieces, joined(key_tiles(query, key, _listed(windows)))):
         q = tile.of_queries(query)
         corner = reverse.shape[1] - query.shape[2] + tile.queries.start - tile.keys.stop + 1
@@ -214,11 +215,10 @@ def attention_in_tiles_backward(
             attn_mask=tile.bias(reverse, corner).expand(len(query), q.shape[1], -1, -1),
             scale=scaling,
         )
-        tile.add_queries(grads[0], dq)
-        tile.add_keys(grads[1], dk.flip(2))
-        tile.add_keys(grads[2], dv.flip(2))
-    grad_query, grad_key, grad_value = (grad.to(query.dtype) for grad in grads)
-    return grad_query, grad_key, grad_value
+        tile.add_queries(grad_query, dq)
+        tile.put_keys(grad_key, dk.flip(2))
+        tile.put_keys(grad_value, dv.flip(2))
+    return grad_query.to(query.dtype), grad_key, grad_value
 
 
 @attention_in_tiles_backward.register_fake

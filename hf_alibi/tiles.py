@@ -76,11 +76,17 @@ class Tile(NamedTuple):
 
     def add_queries(self, into: Tensor, states: Tensor) -> None:
         """Adds states as `of_queries` cuts them to their place; those of blocks may overlap."""
-        _add(into[:, self.heads], self.queries, self.blocks, self.query_step, states)
+        rows = self.queries
+        for block, part in enumerate(states.chunk(self.blocks, dim=1)):
+            step = block * self.query_step
+            into[:, self.heads, rows.start + step : rows.stop + step] += part
 
-    def add_keys(self, into: Tensor, states: Tensor) -> None:
-        """Adds states as `of_keys` cuts them to their place; those of blocks may overlap."""
-        _add(into[:, self.kv_heads], self.keys, self.blocks, self.key_step, states)
+    def put_keys(self, into: Tensor, states: Tensor) -> None:
+        """Puts states as `of_keys` cuts them in their place; of blocks with the same keys, the sum."""
+        if self.blocks > 1 and not self.key_step:
+            into[:, self.kv_heads, self.keys] = states.sum(1, keepdim=True)
+        else:
+            self.of_keys(into).copy_(states)
 
 
 def _cut(states: Tensor, rows: slice, blocks: int, step: int) -> Tensor:
@@ -90,11 +96,6 @@ def _cut(states: Tensor, rows: slice, blocks: int, step: int) -> Tensor:
         return states[:, :, rows].expand(-1, blocks, *(-1 for _ in states.shape[2:]))
     last = rows.stop + (blocks - 1) * step
     return states[:, 0, rows.start : last].unfold(1, rows.stop - rows.start, step).movedim(-1, 2)
-
-
-def _add(into: Tensor, rows: slice, blocks: int, step: int, states: Tensor) -> None:
-    for block, part in enumerate(states.chunk(blocks, dim=1)):
-        into[:, :, rows.start + block * step : rows.stop + block * step] += part
 
 
 def query_tiles(query: Tensor, key: Tensor, windows: list[int] | None) -> Iterator[Tile]:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,24 @@ def test_a_batch_padded_on_the_right_continues_after_its_holes(make_model: Model
     assert_logits_close(model(padded, attention_mask=mask).logits[:, 35:], expected)
     cache = DynamicCache(config=model.config)
     assert_logits_close(in_steps(model, padded, [35] + [1] * 10 + [23], cache, mask)[:, 35:], expected)
+
+
+@each_backend
+@pytest.mark.parametrize(
+    "hidden", [range(9), range(50, LENGTH), [0, 1, 20, 21, 62]], ids=["left", "right", "anywhere"]
+)
+def test_what_padding_gives_does_not_depend_on_the_other_texts(
+    make_model: ModelFactory, backend: str, hidden: Sequence[int]
+) -> None:
+    """A batch is laid out by all of its padding; a text and its own padding must not show it."""
+    model = make_model()
+    model.set_attn_implementation(backend)
+    batch, mask = tokens(4), torch.ones(4, LENGTH, dtype=torch.long)
+    mask[0, hidden] = mask[1, :9] = mask[2, 30:] = mask[3, 5:40:5] = 0
+    alone = model(batch[:1], attention_mask=mask[:1]).logits
+    for others in ([], [1], [2], [3], [1, 2, 3]):
+        rows = [0, *others]
+        assert_logits_close(model(batch[rows], attention_mask=mask[rows]).logits[:1], alone)
 
 
 @each_backend
