@@ -125,7 +125,7 @@ def flex_attention_forward(
     slopes = local_slopes(module, attention_mask.slopes, query)
     query, key, value = _prepared(query, key, value, attention_mask)
     windows = None
-    # A few queries are not worth waiting for the windows, and what is compiled cannot be.
+    # A few queries are not worth waiting for the windows, and a compiled graph cannot wait for them.
     if not torch.compiler.is_compiling() and query.shape[2] >= QUERY_BLOCK:
         windows = lossless_windows(module, query, key, slopes, scaling)
     with torch.autocast(query.device.type, enabled=False):

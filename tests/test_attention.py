@@ -117,6 +117,23 @@ def test_gradients_of_trainable_slopes_are_as_accurate_as_those_of_eager_in_16_b
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d).split(".")[1])
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("heads", "kv_heads", "length"), [(6, 6, 1100), (12, 4, 111)])
+def test_gradients_are_as_accurate_as_those_of_a_dense_relative_bias(
+    heads: int, kv_heads: int, length: int, backend: str, dtype: torch.dtype
+) -> None:
+    inputs = [x.requires_grad_() for x in states(heads, kv_heads, length, length, dtype=dtype)]
+    layout = layout_of(heads, 2, length)
+    layout = layout._replace(slopes=layout.slopes.float())
+    expected = oracle.attention(*inputs, oracle.paper_slopes(heads), SCALING)
+    direction = torch.randn(expected.shape).to(dtype)
+    outputs = (expected, attend(backend, *inputs, layout), textbook(*inputs, oracle.paper_slopes(heads)))
+    gradients = (torch.autograd.grad(output, inputs, direction.to(output.dtype)) for output in outputs)
+    for true, actual, dense in zip(*gradients, strict=True):
+        assert (actual - true).norm() <= 1.2 * (dense - true).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d).split(".")[1])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_row_is_as_accurate_as_a_dense_relative_bias(backend: str, dtype: torch.dtype) -> None:
     heads, length = 3, 8192 if backend == "sdpa" else 2048
     query, key, value = states(heads, heads, length, length, batch=1, dtype=dtype)
