@@ -136,10 +136,6 @@ def _corner(tile: Tile, num_queries: int) -> int:
     return num_queries - tile.queries.stop + tile.keys.start
 
 
-def _listed(windows: Tensor | None) -> list[int] | None:
-    return None if windows is None else windows.tolist()
-
-
 def _with_dense_rows(states: Tensor) -> Tensor:
     """The kernels called below read the last dimension at stride 1, and do not check."""
     return states if states.stride(-1) == 1 else states.contiguous()
@@ -158,7 +154,7 @@ def attention_in_tiles(
     batch, _, num_queries, _ = query.shape
     line = _line(query, key, slopes)
     output, logsumexp = _empty_results(query, slopes)
-    for tile in joined(query_tiles(query, key, _listed(windows))):
+    for tile in joined(query_tiles(query, key, windows)):
         q = tile.of_queries(query).flip(2)
         results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q,
@@ -200,7 +196,7 @@ def attention_in_tiles_backward(
     reverse = _line(query, key, slopes).flip(1)
     grad_query = torch.zeros_like(query, dtype=slopes.dtype)  # a sum over tiles; that of keys is a tile's own
     grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
-    for tile in map(in_pieces, joined(key_tiles(query, key, _listed(windows)))):
+    for tile in map(in_pieces, joined(key_tiles(query, key, windows))):
         q = tile.of_queries(query)
         corner = reverse.shape[1] - query.shape[2] + tile.queries.start - tile.keys.stop + 1
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

@@ -98,13 +98,13 @@ def _cut(states: Tensor, rows: slice, blocks: int, step: int) -> Tensor:
     return states[:, 0, rows.start : last].unfold(1, rows.stop - rows.start, step).movedim(-1, 2)
 
 
-def query_tiles(query: Tensor, key: Tensor, windows: list[int] | None) -> Iterator[Tile]:
+def query_tiles(query: Tensor, key: Tensor, windows: Tensor | None) -> Iterator[Tile]:
     """Covers every query of every head once, in tiles of queries and all the keys that these see.
 
     Args:
         query: `[batch, heads, queries, head_dim]`, for its shape; the queries are the last of the keys.
         key: `[batch, key_value_heads, keys, head_dim]`, for its shape.
-        windows: How far back each query head looks; `None`: to the first key.
+        windows: How far back each query head looks, `[heads]`; `None`: to the first key.
     """
     num_queries, num_keys = query.shape[2], key.shape[2]
     past = num_keys - num_queries
@@ -117,7 +117,7 @@ def query_tiles(query: Tensor, key: Tensor, windows: list[int] | None) -> Iterat
                 yield Tile(*_heads(group, size), slice(start, stop), slice(first, past + stop))
 
 
-def key_tiles(query: Tensor, key: Tensor, windows: list[int] | None) -> Iterator[Tile]:
+def key_tiles(query: Tensor, key: Tensor, windows: Tensor | None) -> Iterator[Tile]:
     """Covers every pair of a query and a key that it sees once, in tiles of keys and all the queries that see these.
 
     Arguments as in `query_tiles`.
@@ -141,13 +141,12 @@ def _heads(kv_heads: Iterable[int], size: int) -> tuple[slice, slice]:
     return slice(size * first, size * stop), slice(first, stop)
 
 
-def _reach(query: Tensor, key: Tensor, windows: list[int] | None) -> list[int]:
+def _reach(query: Tensor, key: Tensor, windows: Tensor | None) -> list[int]:
     """Returns how far back the queries of each key-value head look, in whole grains."""
     kv_heads, num_keys = key.shape[1:3]
     if windows is None or num_keys <= FEW_KEYS:
         return [num_keys] * kv_heads
-    size = query.shape[1] // kv_heads
-    furthest = [max(windows[size * head : size * (head + 1)]) for head in range(kv_heads)]
+    furthest = windows.view(kv_heads, -1).amax(1).tolist()
     least = FULL_SPEED - KEY_BLOCK  # what a block of keys then has for queries, the kernel takes at full speed
     return [max(least, -(-window // GRAIN) * GRAIN) for window in furthest]
 

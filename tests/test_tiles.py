@@ -48,7 +48,7 @@ def test_output_and_gradients(heads: int, kv_heads: int, length: int, past: int,
         torch.testing.assert_close(actual, exact, rtol=0, atol=1e-12)
 
 
-WINDOWS = [10, 10, 20, 40, 80, 160, 320, 640]
+WINDOWS = torch.tensor([10, 10, 20, 40, 80, 160, 320, 640])
 
 
 def plans(length: int) -> tuple[list[tiles.Tile], list[tiles.Tile]]:
