@@ -6,8 +6,9 @@ takes one for each implementation and returns a record for each, a flat dictiona
 - Time: the implementations take turns within each round, so that a noisy machine disturbs all alike. Times are
   medians over the rounds, ratios medians of the ratios within a round.
 - Memory: the most that a call holds at a time beyond what it found. On the CPU each implementation is called once in
-  a fresh process, of which the kernel knows the peak exactly; what any first call loads makes a floor of a few MiB,
-  and where it compiles something, that counts too. On a GPU it is what PyTorch's allocator counted.
+  a fresh process, of which the kernel knows the peak exactly, and which gives back at once what is freed: what
+  `malloc` would keep is a matter of chance. What any first call loads makes a floor of a few MiB, and where it
+  compiles something, that counts too. On a GPU it is what PyTorch's allocator counted.
 - An implementation that needs too much memory, or fails, gets its reason into the record and no figures.
 
 It needs Linux, for `/proc` and for the limit of memory.
@@ -76,6 +77,7 @@ COLUMNS = {
 }
 
 MIB, GIB = 2**20, 2**30
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt: blocks from so many bytes on are given back as soon as they are freed
 WARM_UP_CALLS = 2  # the first may load and compile, the second tells how long a call takes
 LONG_CALL = 5.0  # seconds
 SECONDS_A_TURN = 0.1  # shorter calls are repeated within a turn until it takes about that long
@@ -204,9 +206,11 @@ def peak_mib(prepare: Prepare, how: MeasuringArguments) -> float:
 
 def _peak_resident_mib(prepare: Prepare, how: MeasuringArguments, threads: int) -> float:
     torch.set_num_threads(threads)
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 2**17)  # where it starts, and now stays
     with limited_memory(how):
         call = prepare()
-        ctypes.CDLL(None).malloc_trim(0)  # give back what preparing has freed: the call would take it unseen
+        libc.malloc_trim(0)  # give back what preparing has freed: the call would take it unseen
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of preparing
         before = _status_mib("VmRSS")
         call()

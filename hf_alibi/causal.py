@@ -155,16 +155,16 @@ def attention_in_tiles(
     line = _line(query, key, slopes)
     output, logsumexp = _empty_results(query, slopes)
     for tile in joined(query_tiles(query, key, windows)):
-        q = tile.of_queries(query).flip(2)
         results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q,
+            tile.of_queries(query).flip(2),
             tile.of_keys(key),
             tile.of_keys(value),
-            attn_mask=tile.bias(line, _corner(tile, num_queries)).expand(batch, q.shape[1], -1, -1),
+            attn_mask=tile.bias(line, _corner(tile, num_queries)).expand(batch, -1, -1, -1),
             scale=scaling,
         )
         for into, result in zip((output, logsumexp), results, strict=True):
             tile.of_queries(into).copy_(result.flip(2))
+        del results, result  # before the next tile takes as much memory
     return output, logsumexp
 
 
@@ -197,23 +197,23 @@ def attention_in_tiles_backward(
     grad_query = torch.zeros_like(query, dtype=slopes.dtype)  # a sum over tiles; that of keys is a tile's own
     grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
     for tile in map(in_pieces, joined(key_tiles(query, key, windows))):
-        q = tile.of_queries(query)
         corner = reverse.shape[1] - query.shape[2] + tile.queries.start - tile.keys.stop + 1
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             tile.of_queries(grad_output),
-            q,
+            tile.of_queries(query),
             tile.of_keys(key).flip(2),
             tile.of_keys(value).flip(2),
             tile.of_queries(output),
             tile.of_queries(logsumexp),
             0.0,
             False,
-            attn_mask=tile.bias(reverse, corner).expand(len(query), q.shape[1], -1, -1),
+            attn_mask=tile.bias(reverse, corner).expand(len(query), -1, -1, -1),
             scale=scaling,
         )
         tile.add_queries(grad_query, dq)
         tile.put_keys(grad_key, dk.flip(2))
         tile.put_keys(grad_value, dv.flip(2))
+        del dq, dk, dv  # before the next tile takes as much memory
     return grad_query.to(query.dtype), grad_key, grad_value
 
 
