@@ -34,8 +34,9 @@ from .layout import token_layout
 from .modeling_alibi_gpt import AlibiGPTAttention
 
 CAUSAL = "causal SDPA, no bias"
-# A causal bias that every layer shares; and Transformers' way, where each layer makes its mask of bias and causality.
-STORED = DENSE, POSITION_BIAS = "SDPA, stored ALiBi mask", "Transformers' sdpa, position_bias"
+# A mask that every layer shares; one that each makes; and Transformers' way, where each makes it of a shared bias.
+DENSE, MADE, POSITION_BIAS = "SDPA, stored ALiBi mask", "SDPA, ALiBi mask per call", "Transformers' sdpa, position_bias"
+WITH_MASK = DENSE, MADE, POSITION_BIAS
 PEERS = LLAMA, GPT2, BLOOM, MPT = "Llama", "GPT-2", "BLOOM", "MPT"
 EAGER, WINDOWED = "ALiBi, eager", "ALiBi, sdpa, windows"
 OWN_CACHE, DYNAMIC_CACHE = "ALiBi, WindowedCache", "ALiBi, DynamicCache"
@@ -82,6 +83,13 @@ class Problem(NamedTuple):
             mask[0, :, some] = (slopes * offset).masked_fill_(offset > 0, -torch.inf)
         return mask
 
+    def mask_at_once(self, dtype: torch.dtype) -> Tensor:
+        """The mask of all queries, in as few operations as the formula has: `[1, heads, length, length]`."""
+        slopes = torch.tensor(alibi_slopes(self.num_heads), device=self.device)[:, None, None]
+        positions = torch.arange(self.length, device=self.device)
+        offset = positions - positions[:, None]
+        return (slopes * offset).masked_fill_(offset > 0, -torch.inf).to(dtype)[None]
+
 
 def attention_call(name: str, problem: Problem, backward: bool) -> Callable[[], Any]:
     """Attention forward, which returns the output `[1, heads, length, head_dim]`, or forward and backward."""
@@ -96,7 +104,9 @@ def attention_call(name: str, problem: Problem, backward: bool) -> Callable[[], 
 def _forward(name: str, problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
     if name == CAUSAL:
         return partial(F.scaled_dot_product_attention, query, key, value, is_causal=True)
-    if name in STORED:
+    if name == MADE:
+        return lambda: F.scaled_dot_product_attention(query, key, value, problem.mask_at_once(query.dtype))
+    if name in WITH_MASK:
         rows = torch.arange(problem.length, device=problem.device)
         # The first call makes the bias, and it stays: it counts as memory and not as time. So does what our
         # backends share between the layers of a model.

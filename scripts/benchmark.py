@@ -4,9 +4,9 @@
     python scripts/benchmark.py model --train_lengths 1024 4096 --prefill_lengths 4096 16384 --output_prefix runs/model
     python scripts/benchmark.py generation --contexts 1024 16384 65536 --output_prefix runs/generation
 
-attention: PyTorch's causal attention without any bias (the yardstick) and with a stored ALiBi mask, Transformers' own
-with a stored `position_bias`, and our backends with and without head windows, on the same QK-normed input, forward and
-forward with backward. The error is the largest difference from float64.
+attention: PyTorch's causal attention without any bias (the yardstick), with a stored ALiBi mask and with one made in
+the call, Transformers' own with a stored `position_bias`, and our backends with and without head windows, on the same
+QK-normed input, forward and forward with backward. The error is the largest difference from float64.
 
 model: training steps (forward and backward of one sequence) and prefills (last logits and the cache) of ours and of
 Transformers' Llama (the yardstick), GPT-2, BLOOM and MPT at the same size; and how far the logits of our backends
@@ -201,12 +201,12 @@ def check(arguments: MeasuringArguments) -> None:
 def attention(arguments: AttentionArguments) -> Report:
     """Attention forward, and forward and backward."""
     ours = list(subjects.our_implementations(arguments.backends))
-    names = [subjects.CAUSAL, *subjects.STORED, *ours]
+    names = [subjects.CAUSAL, *subjects.WITH_MASK, *ours]
     records = []
     for dtype, length in product(arguments.dtypes, sorted(arguments.lengths)):
         problem = subjects.Problem(length, arguments.num_heads, arguments.head_dim, dtype, arguments.device)
         is_long = length > arguments.max_dense_length
-        skip = dict.fromkeys(subjects.STORED, "longer than --max_dense_length") if is_long else {}
+        skip = dict.fromkeys(subjects.WITH_MASK, "longer than --max_dense_length") if is_long else {}
         tasks = {"forward": False} | ({"forward and backward": True} if arguments.backward else {})
         for task, backward in tasks.items():
             calls = {name: partial(subjects.attention_call, name, problem, backward) for name in names}

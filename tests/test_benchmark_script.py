@@ -54,9 +54,9 @@ def test_attention(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str
     sizes = ["--lengths", "63", "700", "--dtypes", "float32", "bfloat16", "--num_heads", "3", "--head_dim", "8"]
     limits = ["--max_dense_length", "100", "--error_rows", "50", "--backends", "sdpa"]
     records = run(main, tmp_path, "attention", *sizes, *limits, *TINY)["records"]
-    assert len(records) == 2 * 2 * 2 * 5
+    assert len(records) == 2 * 2 * 2 * 6
     left_out = {(r["implementation"], r["length"]) for r in records if r["reason"]}
-    assert left_out == {(name, 700) for name in subjects.STORED}
+    assert left_out == {(name, 700) for name in subjects.WITH_MASK}
     errors = {(r["dtype"], r["length"], r["implementation"]): r["max_error"] for r in records if r["max_error"]}
     assert len(errors) == 2 * (4 + 3)
     for (dtype, length, name), error in errors.items():
@@ -71,7 +71,7 @@ def test_attention(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_errors_are_those_against_the_formula(length: int) -> None:
     """What causal attention without any bias gets wrong is seen, at the sampled rows alone as at all."""
     problem = subjects.Problem(length, num_heads=2, head_dim=8, dtype="float32", device="cpu")
-    names = [subjects.CAUSAL, *subjects.STORED, *OURS]
+    names = [subjects.CAUSAL, *subjects.WITH_MASK, *OURS]
     sampled, everywhere = (subjects.max_errors(names, problem, rows) for rows in (60, length))
     assert sampled[subjects.CAUSAL] > 0.1
     for name in names:
