@@ -35,8 +35,11 @@ from .modeling_alibi_gpt import AlibiGPTAttention
 
 CAUSAL = "causal SDPA, no bias"
 # A mask that every layer shares; one that each makes; and Transformers' way, where each makes it of a shared bias.
-DENSE, MADE, POSITION_BIAS = "SDPA, stored ALiBi mask", "SDPA, ALiBi mask per call", "Transformers' sdpa, position_bias"
-WITH_MASK = DENSE, MADE, POSITION_BIAS
+WITH_MASK = DENSE, MADE, POSITION_BIAS = (
+    "SDPA, stored ALiBi mask",
+    "SDPA, ALiBi mask per call",
+    "Transformers' sdpa, position_bias",
+)
 PEERS = LLAMA, GPT2, BLOOM, MPT = "Llama", "GPT-2", "BLOOM", "MPT"
 EAGER, WINDOWED = "ALiBi, eager", "ALiBi, sdpa, windows"
 OWN_CACHE, DYNAMIC_CACHE = "ALiBi, WindowedCache", "ALiBi, DynamicCache"
