@@ -78,20 +78,17 @@ class Problem(NamedTuple):
 
     def mask(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Causality and relative bias of the queries at `rows`, stored: `[1, heads, rows, length]`."""
-        slopes = torch.tensor(alibi_slopes(self.num_heads), dtype=torch.float64, device=self.device)[:, None, None]
         mask = torch.empty(1, self.num_heads, len(rows), self.length, dtype=dtype, device=self.device)
         for start in range(0, len(rows), ROWS_AT_A_TIME):
             some = slice(start, start + ROWS_AT_A_TIME)
-            offset = torch.arange(self.length, device=self.device) - rows[some, None]
-            mask[0, :, some] = (slopes * offset).masked_fill_(offset > 0, -torch.inf)
+            mask[:, :, some] = self.mask_at_once(rows[some], torch.float64)
         return mask
 
-    def mask_at_once(self, dtype: torch.dtype) -> Tensor:
-        """The mask of all queries, in as few operations as the formula has: `[1, heads, length, length]`."""
-        slopes = torch.tensor(alibi_slopes(self.num_heads), device=self.device)[:, None, None]
-        positions = torch.arange(self.length, device=self.device)
-        offset = positions - positions[:, None]
-        return (slopes * offset).masked_fill_(offset > 0, -torch.inf).to(dtype)[None]
+    def mask_at_once(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same worked out in `dtype`, in as few operations as the formula has."""
+        slopes = torch.tensor(alibi_slopes(self.num_heads), dtype=dtype, device=self.device)[:, None, None]
+        offset = torch.arange(self.length, device=self.device) - rows[:, None]
+        return (slopes * offset).masked_fill_(offset > 0, -torch.inf)[None]
 
 
 def attention_call(name: str, problem: Problem, backward: bool) -> Callable[[], Any]:
@@ -107,10 +104,11 @@ def attention_call(name: str, problem: Problem, backward: bool) -> Callable[[], 
 def _forward(name: str, problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
     if name == CAUSAL:
         return partial(F.scaled_dot_product_attention, query, key, value, is_causal=True)
+    rows = torch.arange(problem.length, device=problem.device)
     if name == MADE:
-        return lambda: F.scaled_dot_product_attention(query, key, value, problem.mask_at_once(query.dtype))
+        make = partial(problem.mask_at_once, rows, torch.float32)
+        return lambda: F.scaled_dot_product_attention(query, key, value, make().to(query.dtype))
     if name in WITH_MASK:
-        rows = torch.arange(problem.length, device=problem.device)
         # The first call makes the bias, and it stays: it counts as memory and not as time. So does what our
         # backends share between the layers of a model.
         stored = cache(partial(problem.mask, rows, query.dtype))
