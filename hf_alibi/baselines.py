@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .cache_names import only_cache
 from .configuration_alibi_gpt import AlibiGPTConfig
 from .modeling_alibi_gpt import AlibiGPTForCausalLM, AlibiGPTModel
 
@@ -82,6 +83,7 @@ class SinusoidalGPTModel(AlibiGPTModel):
         """As in `AlibiGPTModel.forward`; `position_ids` also choose the sinusoids, counting from 0 by default."""
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        past_key_values = only_cache(past_key_values, kwargs.pop("cache", None))
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         slots = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past)[None]
         sinusoids = sinusoidal_embeddings(slots if position_ids is None else position_ids, self.config.hidden_size)

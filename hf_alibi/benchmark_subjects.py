@@ -29,6 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .alibi import alibi_slopes
 from .attention import ALL_ATTENTION_FUNCTIONS
+from .cache_names import CACHE_NAME
 from .configuration_alibi_gpt import AlibiGPTConfig
 from .layout import token_layout
 from .modeling_alibi_gpt import AlibiGPTAttention
@@ -260,7 +261,7 @@ class Decoder:
         self._read(self.token)
 
     def _read(self, input_ids: Tensor) -> None:
-        outputs = self.model(input_ids=input_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        outputs = self.model(input_ids=input_ids, **{CACHE_NAME: self.cache}, use_cache=True, logits_to_keep=1)
         self.token = outputs.logits.argmax(-1)
 
     def cache_mib(self) -> float:

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
+from .cache_names import CACHE_NAME
 from .errors import UserError
 
 
@@ -125,14 +126,14 @@ def _nats_at_end(model: PreTrainedModel, rows: Tensor, num_scored: int, chunk_si
         keep = end - max(begin, length - num_scored)  # targets of this chunk that are scored; negative: none
         output = model(
             input_ids=rows[:, begin:end],
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             use_cache=length > chunk_size,
             logits_to_keep=max(1, keep),  # 0 would mean all of them
         )
         if keep > 0:
             logits = output.logits[:, -keep:].float().transpose(1, 2)  # [B, vocab_size, keep]
             nats.append(F.cross_entropy(logits, rows[:, end - keep + 1 : end + 1], reduction="none"))
-        cache = output.get("past_key_values")
+        cache = output.get(CACHE_NAME)
         if cache is None and end < length:
             raise UserError(f"{model.config.model_type} has no KV cache: set tokens_per_forward to at least {length}")
     return torch.cat(nats, dim=1).cpu()

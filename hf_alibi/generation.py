@@ -15,6 +15,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from .cache import WindowedCache
+from .cache_names import CACHE_NAME
 from .configuration_alibi_gpt import AlibiGPTConfig
 from .paged import paged_config
 
@@ -41,7 +42,7 @@ class AlibiGenerationMixin(GenerationMixin):
                 f"cache_implementation={implementation!r} moves keys from an accelerator to the CPU, where this model "
                 "is already; leave it out, or move the model."
             )
-        is_given = model_kwargs.get("past_key_values") is not None
+        is_given = model_kwargs.get(CACHE_NAME) is not None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         is_default = implementation in (None, "offloaded") and not is_given
         if is_default and generation_config.use_cache and _sees_newest_keys(model_kwargs.get("attention_mask")):
@@ -49,9 +50,9 @@ class AlibiGenerationMixin(GenerationMixin):
             if cache is not None:
                 if generation_config.is_assistant:
                     cache.activate_past_recording()
-                model_kwargs["past_key_values"] = cache
+                model_kwargs[CACHE_NAME] = cache
         in_one_piece = generation_config.output_hidden_states or model_kwargs.get("inputs_embeds") is not None
-        if isinstance(model_kwargs.get("past_key_values"), WindowedCache) and not in_one_piece:
+        if isinstance(model_kwargs.get(CACHE_NAME), WindowedCache) and not in_one_piece:
             generation_config.prefill_chunk_size = generation_config.prefill_chunk_size or PREFILL_CHUNK
 
     def init_continuous_batching(

@@ -32,6 +32,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .alibi import interpolated_slopes
 from .attention import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
 from .cache import WindowedCache
+from .cache_names import CACHE_NAME, only_cache
 from .configuration_alibi_gpt import AlibiGPTConfig
 from .flash import HOW_TO_GET_FLASH_ATTENTION
 from .generation import AlibiGenerationMixin
@@ -183,7 +184,7 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def create_masks_for_generate(
-        attention_mask: Tensor | None, past_key_values: Cache, **kwargs: Any
+        attention_mask: Tensor | None, past_key_values: Cache | None = None, cache: Cache | None = None, **kwargs: Any
     ) -> Tensor | None:
         """Returns the mask that `generate` passes on with a static cache: the padding, at the cache's full length.
 
@@ -192,7 +193,8 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
         """
         if attention_mask is None:
             return None
-        return F.pad(attention_mask, (0, past_key_values.get_max_length() - attention_mask.shape[-1]))
+        length = only_cache(past_key_values, cache).get_max_length()
+        return F.pad(attention_mask, (0, length - attention_mask.shape[-1]))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -234,7 +236,7 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        cache: PagedAttentionCache | None = None,
+        cache: Cache | PagedAttentionCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Runs the decoder.
@@ -248,7 +250,8 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             past_key_values: The cache of keys and values.
             inputs_embeds: `[batch, queries, hidden_size]`, in place of `input_ids`.
             use_cache: Whether to return the cache.
-            cache: The cache of continuous batching, in place of `past_key_values`; see `paged_layout`.
+            cache: Another name of `past_key_values`, and the one under which continuous batching passes its cache;
+                see `paged_layout`.
 
         Returns:
             The hidden states `[batch, queries, hidden_size]` after the last norm, and the cache.
@@ -259,6 +262,7 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        past_key_values = only_cache(past_key_values, cache)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
@@ -274,9 +278,9 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
                 "or cache_implementation='dynamic' in the generation config."
             )
         slopes = self.slopes(inputs_embeds)
-        if cache is not None:
+        if isinstance(past_key_values, PagedAttentionCache):
             layout = paged_layout(slopes, attention_mask, position_ids, **kwargs)
-            past_key_values = PagedCache(cache, kwargs)
+            past_key_values = PagedCache(past_key_values, kwargs)
         else:
             layout = token_layout(slopes, inputs_embeds, attention_mask, position_ids, past_key_values)
         if self.config.slopes_depend_on_length:
@@ -285,7 +289,7 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         hidden_states = self.dropout(self.embedding_norm(inputs_embeds))
         for layer in self.layers[: self.config.num_hidden_layers]:  # a draft model that exits early has lowered it
             hidden_states = layer(hidden_states, attention_mask=layout, past_key_values=past_key_values, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: past_key_values})
 
     def slopes(self, like: Tensor) -> Tensor:
         """Returns the slopes `[heads]`, learned or not, linearly scaled: on the device of `like`, in its precision.
@@ -359,6 +363,7 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, AlibiGenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | PagedAttentionCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Predicts the next token at every position; further arguments as in `AlibiGPTModel.forward`.
@@ -379,6 +384,7 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, AlibiGenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -389,9 +395,9 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, AlibiGenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
 
