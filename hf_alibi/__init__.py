@@ -9,10 +9,10 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .alibi import alibi_bias, alibi_slopes
-from .cache import WindowedCache
-from .configuration_alibi_gpt import AlibiGPTConfig
-from .modeling_alibi_gpt import (
+from .model.alibi import alibi_bias, alibi_slopes
+from .model.cache import WindowedCache
+from .model.configuration_alibi_gpt import AlibiGPTConfig
+from .model.modeling_alibi_gpt import (
     AlibiGPTForCausalLM,
     AlibiGPTForQuestionAnswering,
     AlibiGPTForSequenceClassification,

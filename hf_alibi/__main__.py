@@ -1,71 +1,44 @@
-"""The command `hf_alibi`: Transformers' own command line, which knows the models of this package.
+"""The command `hf_alibi`: hands its arguments to the file of a sub-command in `cli/`.
 
-    hf_alibi serve runs/books --port 8000
-    hf_alibi chat runs/books
-
-`serve` is `transformers serve` of one checkpoint with the guards of `serving.py` and the option --max-total-tokens;
-everything else is as in `transformers`, which by itself would not find the classes of these models.
+`hf_alibi COMMAND ...` and `python -m hf_alibi COMMAND ...` are the same; the second form serves
+`accelerate launch -m hf_alibi ...`.
 """
 
-import functools
-import inspect
+import sys
 from collections.abc import Sequence
-from textwrap import shorten
-from typing import Annotated, Any
+from importlib import import_module
 
-import transformers
-import typer
-from transformers.cli.serve import Serve
-from transformers.cli.transformers import app
-from transformers.utils.import_utils import is_serve_available
-
-from .baselines import SinusoidalGPTForCausalLM
-from .checkpoints import LOADING_ERRORS, load_config
 from .errors import UserError, run
-from .modeling_alibi_gpt import AlibiGPTForCausalLM
+
+COMMANDS = {
+    "train": "train a model from scratch, or fine-tune a checkpoint",
+    "evaluate": "perplexity against length: a table, a plot, a JSON file",
+    "generate": "continue a prompt of any length",
+    "publish": "upload a checkpoint to the Hub with a card, and check that it loads from there",
+    "serve": "serve a checkpoint with an OpenAI-compatible API",
+    "chat": "chat with a served checkpoint in the terminal",
+    "benchmark": "measure attention, models and generation on this machine",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv` (default: the process's own)."""
-    for model_class in (AlibiGPTForCausalLM, SinusoidalGPTForCausalLM):
-        setattr(transformers, model_class.__name__, model_class)  # where Transformers' server looks for it
-    app.command(name="serve")(serve)
-    app(args=argv, prog_name="hf_alibi")
+    command, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help"):
+        print(usage())
+    elif command in COMMANDS:
+        sys.argv[0] = f"hf_alibi {command}"  # the name in usage lines
+        import_module(f".cli.{command}", __package__).main(arguments)
+    else:
+        raise UserError(f"hf_alibi has no command {command!r}, only {', '.join(COMMANDS)}")
 
 
-def serve(
-    force_model: str,
-    max_total_tokens: Annotated[
-        int, typer.Option(min=1, help="Most tokens of a prompt and its continuation together; longer ones get a 400.")
-    ] = 131_072,
-    **options: Any,
-) -> None:
-    """Serve a checkpoint with an OpenAI-compatible API: completions and chat, streamed or not.
-
-    Endpoints: POST /v1/completions, POST /v1/chat/completions, GET /v1/models, GET /health. Requests wait in line,
-    or run together with --continuous-batching.
-    """
-    if not is_serve_available():
-        raise UserError("the server needs further packages: pip install 'hf_alibi[serve]'")
-    from transformers.cli.serving import server
-
-    from . import serving
-
-    config = load_config(force_model.partition("@")[0], trust_remote_code=options["trust_remote_code"])
-    architecture = (config.architectures or ["no model"])[0]
-    if not hasattr(transformers, architecture):
-        raise UserError(f"{force_model} holds {architecture}; a language model, AlibiGPTForCausalLM, can be served")
-    server.build_server = functools.partial(serving.build_server, max_total_tokens=max_total_tokens)
-    try:
-        Serve(force_model, **options)
-    except LOADING_ERRORS as error:
-        raise UserError(f"cannot serve {force_model}: {shorten(str(error), 300)}") from error
-
-
-_OPTIONS = dict(inspect.signature(Serve).parameters)
-_OPTIONS["force_model"] = _OPTIONS["force_model"].replace(default=inspect.Parameter.empty)
-_OPTIONS["max_total_tokens"] = inspect.signature(serve).parameters["max_total_tokens"]
-serve.__signature__ = inspect.Signature(list(_OPTIONS.values()))  # type: ignore[attr-defined]  # the command line reads it
+def usage() -> str:
+    """Returns the help text: one line for each command."""
+    lines = [f"  {name:<10} {summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(
+        ["usage: hf_alibi COMMAND [options]", "", *lines, "", "hf_alibi COMMAND --help lists its options."]
+    )
 
 
 def cli() -> None:

@@ -13,7 +13,7 @@ if [[ -e "$out" ]]; then
 fi
 
 train() { # MODEL_TYPE OUTPUT_DIR LEARNING_RATE [OPTION ...]
-    python scripts/train.py --model_type "$1" --output_dir "$2" --learning_rate "$3" \
+    hf_alibi train --model_type "$1" --output_dir "$2" --learning_rate "$3" \
         --vocab_size 2048 --block_size 256 \
         --config_overrides "hidden_size=192,num_hidden_layers=3,num_attention_heads=6,intermediate_size=768" \
         --per_device_train_batch_size 8 --per_device_eval_batch_size 16 --max_eval_samples 128 \
@@ -28,7 +28,7 @@ echo "== 2/4  Training with sinusoidal positions, on the same text with the same
 train sinusoidal_gpt "$out/sinusoidal" 3e-3 --tokenizer_name "$out/alibi"
 
 echo "== 3/4  Perplexity at 256 to 4,096 tokens, on files that neither has seen"
-python scripts/evaluate.py --model_name_or_path "$out/alibi" "$out/sinusoidal" --labels ALiBi sinusoidal \
+hf_alibi evaluate --model_name_or_path "$out/alibi" "$out/sinusoidal" --labels ALiBi sinusoidal \
     --lengths 256 512 1024 2048 4096 --max_tokens 65536 --output_prefix "$out/extrapolation"
 
 echo "== 4/4  A prompt of several thousand tokens, continued by the saved ALiBi model"
@@ -37,12 +37,12 @@ import sys
 
 from transformers import AutoTokenizer
 
-from hf_alibi.data import standard_library_corpus
+from hf_alibi.training.data import standard_library_corpus
 
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 text = max(standard_library_corpus()["validation"]["text"], key=len)
 sys.stdout.write(tokenizer.decode(tokenizer(text, verbose=False)["input_ids"][:4096]))
 PYTHON
-python scripts/generate.py --model_name_or_path "$out/alibi" --prompt_file "$out/prompt.txt" --max_new_tokens 100
+hf_alibi generate --model_name_or_path "$out/alibi" --prompt_file "$out/prompt.txt" --max_new_tokens 100
 
 echo "The plot is $out/extrapolation.png, the figures are $out/extrapolation.json."

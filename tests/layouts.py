@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from hf_alibi.alibi import alibi_slopes
-from hf_alibi.layout import TokenLayout, token_layout
+from hf_alibi.model.alibi import alibi_slopes
+from hf_alibi.model.layout import TokenLayout, token_layout
 
 
 def layout_of(

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto import AutoModelForCausalLM
 
 from hf_alibi import AlibiGPTConfig
-from hf_alibi.data import train_tokenizer
+from hf_alibi.training.data import train_tokenizer
 
 VOCAB_SIZE = 290
 

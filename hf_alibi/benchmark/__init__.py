@@ -1,0 +1,1 @@
+"""Time, memory and error of attention, models and generation beside their peers."""

@@ -1,0 +1,1 @@
+"""The command `hf_alibi`: one file for each sub-command."""

@@ -1,0 +1,313 @@
+"""Time, memory and exactness by length: our attention, our model and its generation beside their peers.
+
+    hf_alibi benchmark attention --lengths 512 2048 8192 --dtypes float32 bfloat16 --output_prefix runs/layer
+    hf_alibi benchmark model --train_lengths 1024 4096 --prefill_lengths 4096 16384 --output_prefix runs/model
+    hf_alibi benchmark generation --contexts 1024 16384 65536 --output_prefix runs/generation
+
+attention: PyTorch's causal attention without any bias (the yardstick), with a stored ALiBi mask and with one made in
+the call, Transformers' own with a stored `position_bias`, and our backends with and without head windows, on the same
+QK-normed input, forward and forward with backward. The error is the largest difference from float64.
+
+model: training steps (forward and backward of one sequence) and prefills (last logits and the cache) of ours and of
+Transformers' Llama (the yardstick), GPT-2, BLOOM and MPT at the same size; and how far the logits of our backends
+differ for the same weights.
+
+generation: a decoded token after a long prompt, what the cache takes, and the prefill in chunks; the models' own cost,
+without what `generate` adds.
+
+How time and memory are measured is told in hf_alibi/benchmarking.py, what is measured in benchmark_subjects.py.
+PREFIX.json gets every figure with hardware and versions, PREFIX.png a plot. "-" stands for what was not measured,
+with the reason below the table.
+"""
+
+import json
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, NamedTuple
+
+import torch
+from transformers import HfArgumentParser
+
+from ..benchmark import subjects
+from ..benchmark.measuring import (
+    CACHE_MIB,
+    DTYPE,
+    IMPLEMENTATION,
+    LENGTH,
+    MAX_DIFFERENCE,
+    MAX_ERROR,
+    MILLISECONDS,
+    PARAMETERS,
+    PEAK_MIB,
+    PREFILL_SECONDS,
+    RATIO,
+    REASON,
+    RELATIVE_DIFFERENCE,
+    TASK,
+    TOKENS_PER_SECOND,
+    WARM_UP_CALLS,
+    MeasuringArguments,
+    Record,
+    compare,
+    environment,
+    noted_failure,
+    plot,
+    table,
+)
+from ..errors import UserError
+
+DTYPES = ["float32", "bfloat16", "float16"]
+MEASURED = (IMPLEMENTATION, MILLISECONDS, RATIO, PEAK_MIB)  # what every table shows
+
+
+@dataclass
+class AttentionArguments(MeasuringArguments):
+    """The attention of one layer, without its projections."""
+
+    lengths: list[int] = field(default_factory=lambda: [512, 2048, 8192], metadata={"help": "Lengths in tokens."})
+    dtypes: list[str] = field(
+        default_factory=lambda: ["float32"], metadata={"help": "Dtypes of the input.", "choices": DTYPES}
+    )
+    backends: list[str] = field(
+        default_factory=lambda: [backend for backend in subjects.BACKENDS if backend != "eager"],
+        metadata={"help": "Our backends.", "choices": subjects.BACKENDS},
+    )
+    backward: bool = field(default=True, metadata={"help": "Measure forward and backward too, not just forward."})
+    num_heads: int = field(default=8, metadata={"help": "Attention heads."})
+    head_dim: int = field(default=64, metadata={"help": "Width of a head."})
+    max_dense_length: int = field(default=8192, metadata={"help": "Longest length at which a bias is stored."})
+    error_rows: int = field(
+        default=2048, metadata={"help": "Queries to compare with float64: all if not more, else evenly spaced ones."}
+    )
+
+
+@dataclass
+class ShapeArguments(MeasuringArguments):
+    """The size of the models."""
+
+    hidden_size: int = field(default=512, metadata={"help": "Width of the residual stream."})
+    num_layers: int = field(default=6, metadata={"help": "Decoder layers."})
+    num_heads: int = field(default=8, metadata={"help": "Attention heads."})
+    vocab_size: int = field(default=8192, metadata={"help": "Tokens in the vocabulary."})
+    dtype: str = field(default="float32", metadata={"help": "Dtype of weights and input.", "choices": DTYPES})
+    peers: list[str] = field(
+        default_factory=lambda: list(subjects.PEERS),
+        metadata={"help": "Models of Transformers to compare with.", "choices": list(subjects.PEERS)},
+    )
+
+    def shape(self, max_positions: int) -> subjects.Shape:
+        """The shape of models that can see `max_positions` tokens."""
+        size = (self.hidden_size, self.num_layers, self.num_heads, self.vocab_size)
+        return subjects.Shape(*size, max_positions, self.dtype, self.device)
+
+
+@dataclass
+class ModelArguments(ShapeArguments):
+    """Whole models: training steps, prefills, and the agreement of our backends."""
+
+    train_lengths: list[int] = field(
+        default_factory=lambda: [1024, 4096], metadata={"help": "Lengths of training steps, in tokens."}
+    )
+    prefill_lengths: list[int] = field(
+        default_factory=lambda: [1024, 4096, 16384], metadata={"help": "Lengths of prefills, in tokens."}
+    )
+    backends: list[str] = field(
+        default_factory=lambda: subjects.BACKENDS, metadata={"help": "Our backends.", "choices": subjects.BACKENDS}
+    )
+    max_eager_length: int = field(default=2048, metadata={"help": "Longest length for our eager attention."})
+    logits_length: int = field(default=2048, metadata={"help": "Tokens whose logits are compared between backends."})
+
+
+@dataclass
+class GenerationArguments(ShapeArguments):
+    """Decoding after a long prompt."""
+
+    contexts: list[int] = field(
+        default_factory=lambda: [1024, 4096, 16384], metadata={"help": "Lengths of the prompts, in tokens."}
+    )
+    new_tokens: int = field(default=16, metadata={"help": "Tokens to decode in a turn."})
+    chunk_size: int = field(default=2048, metadata={"help": "Tokens of the prompt to read at a time."})
+    max_peer_context: int = field(default=16384, metadata={"help": "Longest prompt for the peers."})
+
+
+class Report(NamedTuple):
+    """What a sub-command found."""
+
+    records: list[Record]
+    columns: Sequence[str]  # of the table
+    plotted: str  # the key of the plot
+    ylabel: str
+    more: dict[str, list[Record]] = {}  # further tables, by their names in the JSON file
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Benchmark as the command line `argv` (default: the process's own) says."""
+    parser = ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=HfArgumentParser)
+    for name, (arguments_class, _) in COMMANDS.items():
+        about = arguments_class.__doc__
+        commands.add_parser(name, dataclass_types=arguments_class, help=about, description=about, allow_abbrev=False)
+    values = vars(parser.parse_args(argv))
+    arguments_class, measure = COMMANDS[values.pop("command")]
+    arguments = arguments_class(**values)
+    check(arguments)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    report = measure(arguments)
+    for records in report.more.values():
+        print(table(records, [key for key in records[0] if key != REASON]), end="\n\n")
+    print(table(report.records, report.columns))
+    if arguments.output_prefix is not None:
+        write(report, arguments, arguments.output_prefix)
+
+
+def write(report: Report, arguments: MeasuringArguments, prefix: Path) -> None:
+    """Write PREFIX.json and PREFIX.png."""
+    result = {"environment": environment(arguments.device), "arguments": asdict(arguments), "records": report.records}
+    text = json.dumps(result | report.more, indent=2, default=str)
+    prefix.with_name(prefix.name + ".json").write_text(text + "\n")
+    plot(report.records, report.plotted, report.ylabel, prefix.with_name(prefix.name + ".png"))
+
+
+def check(arguments: MeasuringArguments) -> None:
+    """Raise `UserError` for what cannot be measured, before hours are spent."""
+    for name, value in vars(arguments).items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(type(number) in (int, float) and number <= 0 for number in numbers):
+            raise UserError(f"--{name} must be positive, got {value}")
+    if arguments.device.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"--device must be cpu or cuda, got {arguments.device}")
+    try:
+        torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        raise UserError(f"device {arguments.device} is not available: {shorten(str(error), 120)}") from error
+    if isinstance(arguments, ShapeArguments) and arguments.hidden_size % arguments.num_heads:
+        raise UserError(f"--hidden_size {arguments.hidden_size} does not divide into {arguments.num_heads} heads")
+    if arguments.output_prefix is not None:
+        if find_spec("matplotlib") is None:
+            raise UserError("drawing the plot needs matplotlib: pip install 'hf_alibi[train]'")
+        try:
+            arguments.output_prefix.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder of --output_prefix: {error}") from error
+
+
+def attention(arguments: AttentionArguments) -> Report:
+    """Attention forward, and forward and backward."""
+    ours = list(subjects.our_implementations(arguments.backends))
+    names = [subjects.CAUSAL, *subjects.WITH_MASK, *ours]
+    records = []
+    for dtype, length in product(arguments.dtypes, sorted(arguments.lengths)):
+        problem = subjects.Problem(length, arguments.num_heads, arguments.head_dim, dtype, arguments.device)
+        is_long = length > arguments.max_dense_length
+        skip = dict.fromkeys(subjects.WITH_MASK, "longer than --max_dense_length") if is_long else {}
+        tasks = {"forward": False} | ({"forward and backward": True} if arguments.backward else {})
+        for task, backward in tasks.items():
+            calls = {name: partial(subjects.attention_call, name, problem, backward) for name in names}
+            label = f"{task}, {length} tokens, {dtype}"
+            measured = compare(calls, subjects.CAUSAL, arguments, label=label, skip=skip)
+            errors = {}
+            if not backward:
+                able = [name for name in (subjects.POSITION_BIAS, *ours) if measured[name][REASON] is None]
+                errors = subjects.max_errors([subjects.DENSE, *able], problem, arguments.error_rows)
+            for name, record in measured.items():
+                records.append({TASK: task, DTYPE: dtype, LENGTH: length, **record, MAX_ERROR: errors.get(name)})
+    return Report(records, (TASK, DTYPE, LENGTH, *MEASURED, MAX_ERROR), RATIO, f"time relative to {subjects.CAUSAL}")
+
+
+def model(arguments: ModelArguments) -> Report:
+    """Training steps and prefills; the sizes of the models; the differences between our backends' logits."""
+    shape = arguments.shape(max(arguments.train_lengths + arguments.prefill_lengths))
+    ours = list(subjects.our_implementations(arguments.backends))
+    names = [*ours, *arguments.peers]
+    jobs = [("training step", subjects.training_step, length) for length in sorted(arguments.train_lengths)]
+    jobs += [("prefill", subjects.prefill, length) for length in sorted(arguments.prefill_lengths)]
+    records = []
+    for task, subject, length in jobs:
+        calls = {name: partial(subject, name, shape, length) for name in names}
+        skip = {subjects.EAGER: "longer than --max_eager_length"} if length > arguments.max_eager_length else {}
+        measured = compare(calls, subjects.LLAMA, arguments, label=f"{task}, {length} tokens", skip=skip)
+        for record in measured.values():
+            speed = 1000 * length / record[MILLISECONDS] if record[MILLISECONDS] is not None else None
+            records.append({TASK: task, DTYPE: shape.dtype, LENGTH: length, **record, TOKENS_PER_SECOND: speed})
+    more = {"sizes": sizes(names, shape), "logits": logit_differences(ours, shape, arguments.logits_length)}
+    return Report(
+        records, (TASK, LENGTH, *MEASURED, TOKENS_PER_SECOND), RATIO, f"time relative to {subjects.LLAMA}", more
+    )
+
+
+def sizes(names: Sequence[str], shape: subjects.Shape) -> list[Record]:
+    """The number of parameters of each model."""
+    records: list[Record] = []
+    for name in names:
+        records.append({IMPLEMENTATION: name, PARAMETERS: None, REASON: None})
+        with noted_failure(records[-1]):
+            records[-1][PARAMETERS] = subjects.build_model(name, shape).num_parameters()
+    return records
+
+
+def logit_differences(names: Sequence[str], shape: subjects.Shape, length: int) -> list[Record]:
+    """How far the logits of ours are from eager's with the same weights, at most."""
+    expected = subjects.logits(subjects.EAGER, shape, length)
+    largest = expected.abs().max().item()
+    records: list[Record] = []
+    for name in names:
+        records.append({IMPLEMENTATION: name, MAX_DIFFERENCE: None, RELATIVE_DIFFERENCE: None, REASON: None})
+        with noted_failure(records[-1]):
+            difference = (subjects.logits(name, shape, length) - expected).abs().max().item()
+            records[-1] |= {MAX_DIFFERENCE: difference, RELATIVE_DIFFERENCE: difference / largest}
+    return records
+
+
+def generation(arguments: GenerationArguments) -> Report:
+    """Decoding a token after a prompt."""
+    decoded = WARM_UP_CALLS + arguments.rounds * arguments.new_tokens
+    shape = arguments.shape(max(arguments.contexts) + decoded)
+    records = [record for context in sorted(arguments.contexts) for record in decoding(arguments, shape, context)]
+    return Report(records, (LENGTH, *MEASURED, CACHE_MIB, PREFILL_SECONDS), MILLISECONDS, "milliseconds a token")
+
+
+def decoding(arguments: GenerationArguments, shape: subjects.Shape, context: int) -> list[Record]:
+    """Decoding a token after a prompt of `context` tokens; the memory is what reading the prompt takes.
+
+    All caches are kept until the end, so that the decoders can take turns.
+    """
+    decoders: dict[str, subjects.Decoder] = {}
+
+    def prepare(name: str) -> subjects.Decoder:
+        decoders[name] = subjects.Decoder(name, shape, context, arguments.chunk_size)
+        return decoders[name]
+
+    prompts = {
+        name: partial(subjects.prompt_reading, name, shape, context, arguments.chunk_size)
+        for name in subjects.DECODERS
+        if name in arguments.peers or name not in subjects.PEERS
+    }
+    is_long = context > arguments.max_peer_context
+    measured = compare(
+        {name: partial(prepare, name) for name in prompts},
+        subjects.LLAMA,
+        arguments,
+        label=f"decoding after {context} tokens",
+        skip=dict.fromkeys(arguments.peers, "longer than --max_peer_context") if is_long else {},
+        repeats=arguments.new_tokens,
+        in_memory=prompts,
+    )
+    for name, record in measured.items():
+        record |= {TASK: "decoding", DTYPE: shape.dtype, LENGTH: context, CACHE_MIB: None, PREFILL_SECONDS: None}
+        if record[REASON] is None:
+            record |= {CACHE_MIB: decoders[name].cache_mib(), PREFILL_SECONDS: decoders[name].prefill_seconds}
+    return list(measured.values())
+
+
+COMMANDS: dict[str, tuple[type[MeasuringArguments], Callable[[Any], Report]]] = {
+    "attention": (AttentionArguments, attention),
+    "model": (ModelArguments, model),
+    "generation": (GenerationArguments, generation),
+}

@@ -1,0 +1,207 @@
+r"""Train a causal language model on text, from scratch or from a checkpoint, with Trainer's arguments and some more.
+
+Without arguments about data, the text is the source code of Python's standard library, which needs no network:
+
+    hf_alibi train --output_dir runs/first --block_size 256 --max_steps 500 \
+        --config_overrides "hidden_size=192,num_hidden_layers=3,num_attention_heads=6" --vocab_size 4096
+
+A run that was stopped, by kill -9 too, ends as if it had not been: repeat its command with --resume_from_checkpoint
+True. Several processes: ``accelerate launch -m hf_alibi train ...``. The output folder gets the model, its tokenizer,
+train_results.json, eval_results.json (with the perplexity), all_results.json and trainer_state.json.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from textwrap import shorten
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+
+from ..errors import UserError
+from ..hub.checkpoints import LOADING_ERRORS, load_causal_lm, parse_overrides
+from ..training.data import Corpus, load_file_corpus, load_hub_corpus, pack, standard_library_corpus, train_tokenizer
+from ..training.trainer import check_vocabulary, find_checkpoint, train
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained, and with which tokenizer."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to start from, a folder or Hub id; default: new weights."}
+    )
+    model_type: str = field(
+        default="alibi_gpt",
+        metadata={"help": "Architecture: alibi_gpt, or sinusoidal_gpt, the same with sinusoidal positions."},
+    )
+    config_overrides: str = field(
+        default="",
+        metadata={"help": "Fields of the new model's config, such as hidden_size=192,alibi_slopes=[0.5,0.25]."},
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "Tokenizer, a folder or Hub id; default: the checkpoint's, or a new byte-level BPE."},
+    )
+    vocab_size: int = field(default=8192, metadata={"help": "Entries of a new tokenizer."})
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Dtype of the weights; for mixed precision leave it and give --bf16.",
+            "choices": ["float32", "bfloat16", "float16"],
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention backend, e.g. sdpa or eager; default: the model's own choice."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which text is trained on, and how it is cut into blocks."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset of the Hub."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Text file (one document), JSON Lines or Parquet file, or a glob pattern."}
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "The same to evaluate on; default: part of the training documents, held out."}
+    )
+    validation_split_percentage: int = field(
+        default=5, metadata={"help": "Percentage of documents to hold out if no validation split is given."}
+    )
+    text_column: str = field(default="text", metadata={"help": "Column that holds the documents."})
+    streaming: bool = field(default=False, metadata={"help": "Read the data while training; needs --max_steps."})
+    block_size: int = field(default=512, metadata={"help": "Tokens in a block: the training length."})
+    isolate_documents: bool = field(
+        default=False, metadata={"help": "Keep attention within documents; default: it crosses their borders."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Blocks to train on at most."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Blocks to evaluate on at most."})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train as the command line `argv` (default: the process's own) says."""
+    model_args, data_args, training_args = parse_arguments(argv)
+    checkpoint = find_checkpoint(training_args)
+    with training_args.main_process_first(desc="preparation of data and tokenizer"):
+        corpus = load_corpus(data_args)
+        set_seed(training_args.seed)
+        start = checkpoint or model_args.model_name_or_path
+        if start:
+            model, tokenizer = load_model(model_args, start)
+        else:
+            model, tokenizer = new_model(model_args, corpus["train"]["text"], data_args.block_size)
+        blocks = pack(corpus, tokenizer, data_args.block_size, data_args.isolate_documents)
+    for split, limit in [("train", data_args.max_train_samples), ("validation", data_args.max_eval_samples)]:
+        if limit is not None and split in blocks:
+            blocks[split] = blocks[split].take(limit)
+    train(model, tokenizer, blocks, training_args, checkpoint)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """The arguments in their three groups; `UserError` if there are unknown ones, or some exclude each other."""
+    parser = HfArgumentParser(
+        [ModelArguments, DataArguments, TrainingArguments],  # type: ignore[list-item]  # Transformers' is too narrow
+        description=__doc__.partition("\n")[0],
+        usage="%(prog)s --output_dir FOLDER [options]",
+        allow_abbrev=False,
+    )
+    try:
+        model_args, data_args, training_args = parser.parse_args_into_dataclasses(args=argv)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if data_args.dataset_name and (data_args.train_file or data_args.validation_file):
+        raise UserError("give either --dataset_name or --train_file and --validation_file, not both")
+    if data_args.validation_file and not data_args.train_file:
+        raise UserError("--validation_file needs --train_file")
+    if data_args.streaming and not (data_args.dataset_name or data_args.train_file):
+        raise UserError("--streaming needs --dataset_name or --train_file: the default text is small")
+    if data_args.streaming and training_args.max_steps <= 0:
+        raise UserError("--streaming needs --max_steps: the length of the data is not known in advance")
+    return model_args, data_args, training_args
+
+
+def load_corpus(arguments: DataArguments) -> Corpus:
+    """The corpus that the arguments name: a dataset, files, or else Python's standard library."""
+    options: dict[str, Any] = {
+        "text_column": arguments.text_column,
+        "streaming": arguments.streaming,
+        "validation_percentage": arguments.validation_split_percentage,
+    }
+    if arguments.dataset_name:
+        return load_hub_corpus(arguments.dataset_name, arguments.dataset_config_name, **options)
+    if arguments.train_file:
+        return load_file_corpus(arguments.train_file, arguments.validation_file, **options)
+    return standard_library_corpus()
+
+
+def load_model(arguments: ModelArguments, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of the checkpoint `path`, with its tokenizer unless the arguments name another."""
+    model, tokenizer = load_causal_lm(
+        path,
+        dtype=arguments.dtype,
+        device="cpu",
+        attn_implementation=arguments.attn_implementation,
+        model_types=[arguments.model_type],
+    )
+    for name, value in parse_overrides(arguments.config_overrides, model.config).items():
+        if getattr(model.config, name) != value:
+            raise UserError(f"--config_overrides: {name} is {getattr(model.config, name)} in {path}, and stays so")
+    if arguments.tokenizer_name:
+        tokenizer = load_tokenizer(arguments.tokenizer_name)
+        check_vocabulary(tokenizer, model.config)
+    return model, tokenizer
+
+
+def new_model(
+    arguments: ModelArguments, documents: Iterable[str], block_size: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model with new weights and its tokenizer, which is trained on `documents` unless the arguments name one."""
+    overrides = parse_overrides(arguments.config_overrides, new_config(arguments.model_type, {}))
+    if arguments.tokenizer_name:
+        tokenizer = load_tokenizer(arguments.tokenizer_name)
+    else:
+        tokenizer = train_tokenizer(documents, arguments.vocab_size)
+    values = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": block_size,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = new_config(arguments.model_type, values | overrides)
+    check_vocabulary(tokenizer, config)
+    try:
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=arguments.dtype, attn_implementation=arguments.attn_implementation
+        )
+    except LOADING_ERRORS as error:
+        raise UserError(shorten(str(error), 300)) from error
+    return model, tokenizer
+
+
+def new_config(model_type: str, values: dict[str, Any]) -> PreTrainedConfig:
+    """A config of this type, with `UserError` for values that it refuses."""
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    except LOADING_ERRORS as error:
+        raise UserError(shorten(str(error), 300)) from error
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`, with a `UserError` if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except LOADING_ERRORS as error:
+        raise UserError(f"cannot load a tokenizer from {path}: {shorten(str(error), 300)}") from error

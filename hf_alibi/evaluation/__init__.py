@@ -1,0 +1,1 @@
+"""Perplexity by length, a metric for the `evaluate` library, and plots."""

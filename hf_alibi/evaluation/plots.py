@@ -1,0 +1,74 @@
+"""One picture of extrapolation: perplexity against length, and the loss by position at the longest length.
+
+Each model is a curve, drawn from the results of `perplexity_by_length`::
+
+    plot_extrapolation([Curve("ALiBi", 256, alibi_results), Curve("sinusoidal", 256, sinusoidal_results)], "plot.png")
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+from .perplexity import Result, mean_by_doubling
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's palette (2008), whose colours people of every colour vision tell apart.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+GREY = "#666666"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The results of one checkpoint, in the order of their lengths, under the name that the picture gives it."""
+
+    label: str
+    training_length: int | None  # tokens; None: not known, not marked
+    results: Sequence[Result]
+
+
+def plot_extrapolation(curves: Sequence[Curve], path: str | Path) -> None:
+    """Draw `curves` to the image file `path`. Raises `UserError` if matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("drawing the plot needs matplotlib: pip install 'hf_alibi[train]'") from error
+    figure = Figure(figsize=(10, 4.2), dpi=160, layout="constrained")
+    by_length, by_position = figure.subplots(1, 2)
+    longest = max(result.length for curve in curves for result in curve.results)
+    for index, curve in enumerate(curves):
+        style = {
+            "color": COLOURS[index % len(COLOURS)],
+            "marker": MARKERS[index % len(MARKERS)],
+            "label": curve.label,
+            "linewidth": 2,
+            "markersize": 5,
+        }
+        by_length.plot([r.length for r in curve.results], [r.perplexity for r in curve.results], **style)
+        at_longest = mean_by_doubling(curve.results[-1].nats_by_position)
+        by_position.plot(list(at_longest), list(at_longest.values()), **style)
+    training_lengths = sorted({curve.training_length for curve in curves if curve.training_length is not None})
+    by_length.set(xlabel="length in tokens", ylabel="perplexity per token")
+    by_length.legend(frameon=False)
+    by_position.set(xlabel="tokens of context", ylabel="loss in nats per token")
+    _dress(by_length, "Perplexity against length", training_lengths)
+    _dress(by_position, f"Loss by position at length {longest:,}", training_lengths)
+    figure.savefig(path)
+
+
+def _dress(axes: "Axes", title: str, training_lengths: Sequence[int]) -> None:
+    """A title, a log₂ x-axis in plain numbers, a light grid, and a mark at each training length."""
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(axis="y", color="#E5E5E5")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    for length in training_lengths:
+        axes.axvline(length, color=GREY, linestyle=":", zorder=0)
+        across_and_up = axes.get_xaxis_transform()  # data coordinates across, a fraction of the height up
+        axes.text(length, 1, f" trained at {length:,}", transform=across_and_up, va="top", color=GREY, fontsize=9)

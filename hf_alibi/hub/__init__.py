@@ -1,0 +1,1 @@
+"""Loading and publishing checkpoints, with a model card."""

@@ -1,0 +1,192 @@
+"""Load a causal language model and its tokenizer, or say in one sentence why that is not possible.
+
+One call does it::
+
+    model, tokenizer = load_causal_lm("runs/demo/alibi")
+
+Any causal language model that ``AutoModelForCausalLM`` knows is welcome, a folder or a model id of the Hub alike.
+Transformers is lenient where a wrong result would follow: it initialises missing weights at random and reads pickled
+weights. Here both are refused, and every refusal is a :class:`~hf_alibi.errors.UserError`.
+"""
+
+import ast
+import logging
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from ..errors import UserError
+from ..positions import sinusoidal  # noqa: F401  registers the baseline with the Auto classes
+
+logger = logging.getLogger(__name__)
+
+# What Transformers raises for a checkpoint it cannot read: files, values, fields of the config, weights, packages.
+LOADING_ERRORS = (OSError, ValueError, StrictDataclassError, SafetensorError, ImportError)
+
+
+@dataclass
+class LoadingArguments:
+    """Command-line arguments that say how a checkpoint is loaded: `load_causal_lm(path, **asdict(arguments))`."""
+
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Dtype of the weights; auto: as saved.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
+    )
+    device: str | None = field(
+        default=None, metadata={"help": "cpu, cuda, cuda:1, …; if omitted, an accelerator or else cpu."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention backend, e.g. sdpa or eager; if omitted, the model's choice."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the model code that the checkpoint brings with it."}
+    )
+    config_overrides: str = field(
+        default="",
+        metadata={"help": "Fields of the config to change, such as alibi_scaling={'type': 'linear', 'factor': 4}."},
+    )
+
+
+def parse_overrides(text: str, config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of `config` in `text`, "name=value, ...", with their values: Python literals, or else strings.
+
+    Raises `UserError` for a name that `config` does not have.
+    """
+    overrides = {}
+    for item in re.split(r",(?![^\[{]*[\]}])", text) if text else []:  # a comma, but not one within brackets
+        name, _, value = (part.strip() for part in item.partition("="))
+        if name not in vars(config):
+            raise UserError(f"config_overrides: {config.model_type} has no field '{name}'; see its config class")
+        try:
+            overrides[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            overrides[name] = {"true": True, "false": False, "none": None}.get(value.lower(), value)
+    return overrides
+
+
+def load_config(path: str | Path, *, trust_remote_code: bool = False, config_overrides: str = "") -> PreTrainedConfig:
+    """The config of the checkpoint `path` with `config_overrides`; an early look at whether there is one.
+
+    Raises `UserError` if it cannot be read, if it refuses a value, or if the folder has no weights in safetensors.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no checkpoint: it has no config.json")
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} has no *.safetensors weights; pickled weights can run code and are never read")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except LOADING_ERRORS as error:
+        raise _unreadable("the config", path, error) from error
+    overrides = parse_overrides(config_overrides, config)
+    try:
+        for name, value in overrides.items():
+            setattr(config, name, value)
+        config.validate()
+    except LOADING_ERRORS as error:
+        raise UserError(f"config_overrides of {path}: {shorten(str(error), 300)}") from error
+    return config
+
+
+def load_causal_lm(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    config_overrides: str = "",
+    model_types: Collection[str] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, in evaluation mode on `device`, and the tokenizer of the checkpoint `path`.
+
+    `config_overrides` changes fields of the config, see `parse_overrides`. `model_types`, if given, lists the only
+    `config.model_type` that are accepted. Raises `UserError` if the folder, its config, weights or tokenizer are
+    missing or damaged, if a weight is missing or has another shape than the config says, if the tokenizer has more
+    tokens than the model, or if the device is not there.
+    """
+    device = _available(device)
+    config = load_config(path, trust_remote_code=trust_remote_code, config_overrides=config_overrides)
+    if model_types is not None and config.model_type not in model_types:
+        raise UserError(f"{path} is a {config.model_type!r} checkpoint; expected {' or '.join(sorted(model_types))}")
+    model = _load_weights(
+        path,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    ).to(device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except LOADING_ERRORS as error:
+        raise _unreadable("a tokenizer", path, error) from error
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"the tokenizer of {path} has {len(tokenizer)} tokens, but its model only {config.vocab_size}")
+    return model, tokenizer
+
+
+def _load_weights(path: str | Path, **kwargs: Any) -> Any:
+    """`AutoModelForCausalLM.from_pretrained`, from safetensors only, with every weight in its place."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its report of missing weights is a table; one sentence follows below
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+        )
+    except LOADING_ERRORS as error:
+        raise _unreadable("the weights", path, error) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    model, info = loaded
+    if info["mismatched_keys"]:
+        name, found, expected = min(info["mismatched_keys"])
+        raise UserError(f"{path}: weight {name} has shape {list(found)}, but its config asks for {list(expected)}")
+    if info["missing_keys"]:
+        raise UserError(f"{path} lacks {_some(info['missing_keys'])} of the weights that its config asks for")
+    if info["unexpected_keys"]:
+        logger.warning("%s: ignored %s, which its config has no place for", path, _some(info["unexpected_keys"]))
+    return model
+
+
+def _available(device: str | torch.device | None) -> torch.device:
+    """`device`, or the accelerator of this machine, or the CPU."""
+    if device is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        raise UserError(f"device {str(device)!r} is not available: {shorten(str(error), 120)}") from error
+
+
+def _unreadable(what: str, path: str | Path, error: Exception) -> UserError:
+    """A one-line error for one of Transformers', whose messages run over many lines."""
+    where = path if Path(path).is_dir() else f"{path} (which is no folder here, so taken for a model id of the Hub)"
+    reason = shorten(str(error), 300, placeholder=" …")
+    if "trust_remote_code=True" in str(error):
+        reason = "it needs the code in its folder; look at that, and allow it with trust_remote_code"
+    return UserError(f"cannot load {what} of {where}: {reason}")
+
+
+def _some(names: Collection[str]) -> str:
+    """A few of many `names`, and how many there are."""
+    shown = ", ".join(sorted(names)[:3])
+    return shown if len(names) <= 3 else f"{shown}, … ({len(names)} in all)"

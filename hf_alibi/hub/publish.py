@@ -1,0 +1,237 @@
+"""Publish a trained model on the Hub: check, attach code and card, upload as one commit, load back and compare.
+
+    publish("runs/books", "me/books", card=CardArguments(license="mit", datasets=["me/novels"]), private=True)
+
+A folder that `save_pretrained` or Trainer has written is loaded, and what is uploaded is saved anew from what was
+loaded: weights in safetensors, config with `auto_map`, the code, tokenizer, generation config and card. So no other
+file of the folder can travel along, and nothing is unpickled anywhere. The upload is one commit. If it breaks off, the
+repository is what it was; the weights that have arrived are kept, and repeating the call sends the rest.
+
+Then a new Python process, which cannot import this package, downloads the commit with `trust_remote_code=True` and
+must get the tokens and logits of the local model.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from shutil import copyfile
+from tempfile import TemporaryDirectory
+from textwrap import shorten
+
+import torch
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+from safetensors.torch import load_file
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from ..errors import UserError
+from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM
+from .checkpoints import LOADING_ERRORS, load_causal_lm, load_config
+from .model_card import PLOT_NAME, CardArguments, model_card
+
+# What an earlier upload may have left in the repository, and a load would take in place of the new weights.
+WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*", "training_args.bin")
+
+PROMPT = "The quick brown fox jumps over the lazy dog. 0123456789, (a + b) * c; été, 你好.\n"
+
+# Run by a Python process of its own: repository, commit and the file for the results are its arguments.
+RELOAD = f"""
+import sys
+sys.modules["hf_alibi"] = None  # importing it raises
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+repo_id, revision, results = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(repo_id, revision=revision)
+model = AutoModelForCausalLM.from_pretrained(
+    repo_id, revision=revision, trust_remote_code=True, use_safetensors=True, dtype=torch.float32
+)
+input_ids = tokenizer({PROMPT!r}, return_tensors="pt")["input_ids"]
+with torch.no_grad():
+    save_file({{"input_ids": input_ids, "logits": model(input_ids).logits}}, results)
+"""
+
+
+def publish(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    card: CardArguments | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str = "5GB",
+    token: str | None = None,
+    dry_run: bool = False,
+) -> CommitInfo | None:
+    """Publish the checkpoint in `folder` as `repo_id`, and print which files with how many bytes.
+
+    Args:
+        repo_id: Namespace and name. The repository is made if there is none.
+        card: What the model card says beyond what the folder shows.
+        private: Whether a new repository is private. An existing one that is public is refused.
+        revision: Branch to commit to, made from main if there is none, or ``refs/pr/N`` to add to a pull request.
+        create_pr: Open a pull request, against `revision` or main, in place of committing.
+        max_shard_size: Bytes in a file of weights at most, as a number or like "1MB".
+        token: Of the Hub, with the right to write; None takes that of ``hf auth login`` or ``HF_TOKEN``.
+        dry_run: Only check and print; the network is not used.
+
+    Returns:
+        The commit; None after a dry run.
+
+    Raises:
+        UserError: The checkpoint, the card or an argument is not right, the Hub refuses or cannot be reached, or what
+            it gives back is another model. Only in this last case have the repository's files changed.
+    """
+    with hub_errors(repo_id):
+        validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise UserError(f"{repo_id!r} lacks its namespace; give it as me/{repo_id}")
+    model, tokenizer = load_checked(folder)
+    card = card or CardArguments()
+    readme = model_card(model, repo_id, folder, card)
+    with TemporaryDirectory() as temporary:
+        staging = Path(temporary)
+        readme.save(staging / "README.md")
+        if card.plot is not None:
+            copyfile(card.plot, staging / PLOT_NAME)
+        save(model, tokenizer, staging, max_shard_size)
+        sizes = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
+        for name, size in sizes.items():
+            print(f"{size:>15,}  {name}")
+        print(f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files for {repo_id}")
+        if dry_run:
+            return None
+        api = HfApi(token=token)
+        with hub_errors(repo_id):
+            commit = upload(api, staging, repo_id, private, revision, create_pr)
+    reload_and_compare(api, repo_id, commit.oid, model, tokenizer)
+    print(f"{repo_id} at {commit.oid} loads in a new process and gives the same logits: {commit.commit_url}")
+    return commit
+
+
+def load_checked(folder: str | Path) -> tuple[AlibiGPTForCausalLM, PreTrainedTokenizerBase]:
+    """The model and the tokenizer in `folder`, on the CPU; `UserError` if they are not fit to be published."""
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} is no folder")
+    architectures = load_config(folder).architectures
+    if architectures != [AlibiGPTForCausalLM.__name__]:
+        raise UserError(f"{folder} holds {architectures}; only {AlibiGPTForCausalLM.__name__} can be published")
+    # Transformers would put one made from the config in the place of one that it cannot read.
+    if (Path(folder) / "generation_config.json").exists():
+        try:
+            GenerationConfig.from_pretrained(folder)
+        except LOADING_ERRORS as error:
+            raise UserError(f"{folder}: generation_config.json is not valid: {shorten(str(error), 300)}") from error
+    model, tokenizer = load_causal_lm(folder, device="cpu", model_types=["alibi_gpt"])
+    assert isinstance(model, AlibiGPTForCausalLM)
+    broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if broken:
+        raise UserError(f"{folder}: weight {broken[0]} holds values that are not finite")
+    return model, tokenizer
+
+
+def save(
+    model: AlibiGPTForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, max_shard_size: int | str
+) -> None:
+    """Save model, code, generation config and tokenizer in `folder`."""
+    try:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise UserError(f"the model cannot be saved: {shorten(str(error), 300)}") from error
+    for name in ("is_local", "local_files_only"):  # how the tokenizer was loaded here is nobody else's business
+        tokenizer.init_kwargs.pop(name, None)
+    tokenizer.save_pretrained(folder)
+
+
+def upload(
+    api: HfApi, staging: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool
+) -> CommitInfo:
+    """Make a commit of the files in `staging`, in a repository and on a branch that are made where missing."""
+    if not create_pr:
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+    if private and not api.repo_info(repo_id).private:
+        raise UserError(f"{repo_id} is public; make it private in its settings first, or choose another name")
+    if revision is not None and not create_pr and not revision.startswith("refs/pr/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    added = [CommitOperationAdd(path.name, path) for path in sorted(staging.iterdir())]
+    kept = {operation.path_in_repo for operation in added}
+    deleted = [
+        CommitOperationDelete(path, is_folder=False)
+        for path in api.list_repo_files(repo_id, revision=revision)
+        if path not in kept and "/" not in path and any(fnmatch(path, pattern) for pattern in WEIGHTS)
+    ]
+    return api.create_commit(
+        repo_id, [*added, *deleted], commit_message="Upload model", revision=revision, create_pr=create_pr
+    )
+
+
+@torch.no_grad()
+def reload_and_compare(
+    api: HfApi, repo_id: str, commit: str, model: AlibiGPTForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Load `commit` in a new process without this package; `UserError` unless tokens and logits are the local ones.
+
+    Both compute in float32. Logits may differ by 1e-5 of the largest, which is rounding.
+    """
+    input_ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    logits = model.float()(input_ids).logits
+    with TemporaryDirectory() as scratch:
+        environment = os.environ | {"HF_ENDPOINT": api.endpoint, "HF_HUB_CACHE": scratch, "HF_MODULES_CACHE": scratch}
+        if isinstance(api.token, str):
+            environment["HF_TOKEN"] = api.token
+        results = Path(scratch) / "results.safetensors"
+        command = [sys.executable, "-c", RELOAD, repo_id, commit, str(results)]
+        process = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
+        if process.returncode:
+            reason = shorten(process.stderr.rpartition("Error: ")[2], 300)
+            raise UserError(f"{repo_id} was uploaded, but {commit} cannot be loaded: {reason}")
+        found = load_file(results)
+    if not torch.equal(found["input_ids"], input_ids):
+        raise UserError(f"{repo_id} was uploaded, but the tokenizer of {commit} gives other tokens than the local one")
+    difference = (found["logits"] - logits).abs().max() / logits.abs().max()
+    if not difference <= 1e-5:
+        raise UserError(
+            f"{repo_id} was uploaded, but the logits of {commit} differ by {difference:.1g} of the largest"
+        )
+
+
+@contextmanager
+def hub_errors(repo_id: str) -> Iterator[None]:
+    """Turn what the client raises into a `UserError` of one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OfflineModeIsEnabled as error:
+        raise UserError(f"{repo_id} cannot be reached: HF_HUB_OFFLINE is set") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"there is no repository {repo_id}, or the token may not see it") from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{repo_id} has no such revision: {error.server_message}") from error
+    except HfHubHTTPError as error:
+        advice = {401: "log in with `hf auth login`", 403: "use a token with the right to write"}
+        status = error.response.status_code
+        refusal = (error.server_message or error.response.reason_phrase).rstrip(".")
+        raise UserError(
+            f"{repo_id}: the Hub answers {status}, {refusal}; {advice.get(status, 'try again')}"
+        ) from error
+    except (HTTPError, OSError, RuntimeError) as error:  # the last two where the client uploads weights
+        reason = shorten(str(error.__cause__ or error), 200)
+        raise UserError(
+            f"the upload to {repo_id} broke off: {reason}; try again, and only what is missing is sent"
+        ) from error
+    except (HFValidationError, ValueError) as error:
+        raise UserError(f"{repo_id}: {shorten(str(error), 300)}") from error

@@ -1,0 +1,1 @@
+"""All that travels with a checkpoint: slopes, windows, caches, attention and the model itself."""

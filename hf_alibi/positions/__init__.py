@@ -1,0 +1,1 @@
+"""The same decoder with other position methods, for comparison."""

@@ -1,0 +1,260 @@
+"""Transformers' server, made fit for clients that make mistakes, ask for too much, or leave.
+
+Loading, chat templates, generation and streaming are Transformers' own (`transformers.cli.serving`). Its `Serve` has
+`build_server` make the FastAPI application; `hf_alibi/__main__.py` puts the one below in its place, which
+
+- answers completions, chat, the list of models and the loading of the model, and leaves out what it cannot answer
+  for (responses, audio, decisions);
+- reads requests as `serving_requests.py` says, so that bad ones get a 4xx with a message, in OpenAI's form;
+- refuses bodies, and prompts with their continuations, beyond `max_total_tokens`, since ALiBi has no limit of its own;
+- stops generating when the client has gone, whether its answer is streamed or not;
+- ends streams with ``data: [DONE]``, as OpenAI does.
+
+Requests wait in line for `generate`, or with ``--continuous-batching`` run together.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterable, AsyncIterator
+from typing import Any
+
+import torch
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from jinja2 import TemplateError
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.server import build_server as transformers_server
+from transformers.cli.serving.utils import BaseGenerateManager, GenerationState, Modality
+from transformers.generation import StoppingCriteria
+
+from ..errors import UserError
+from .requests import ChatRequest, CompletionRequest, GenerationOptions, GenerationRequest, ModelRequest
+
+KEPT_PATHS = {"/health", "/openapi.json"}
+"""Routes of Transformers that take no body, so that no request to them can be bad."""
+
+BYTES_PER_TOKEN, BYTES_BESIDES = 16, 65_536
+"""Room in a body: a token of text in JSON takes about 4 bytes, at most 6 for each character that is not ASCII."""
+
+PER_REQUEST = {"max_new_tokens", "transformers_version"}
+SAMPLING = sorted({*GenerationOptions.model_fields, "sequence_bias", "stop_strings"} - PER_REQUEST)
+"""Settings of generation that continuous batching cannot have for each request."""
+
+
+def build_server(
+    model_manager: ModelManager,
+    chat_handler: ChatCompletionHandler,
+    *,
+    completion_handler: CompletionHandler,
+    generation_state: GenerationState,
+    max_total_tokens: int,
+    **others: Any,
+) -> FastAPI:
+    """Returns the application that serves the one model `model_manager.force_model`.
+
+    Args:
+        max_total_tokens: Most tokens of a prompt and its continuation together.
+        others: Further arguments of Transformers' `build_server`.
+    """
+    app = transformers_server(
+        model_manager,
+        chat_handler,
+        completion_handler=completion_handler,
+        generation_state=generation_state,
+        **others,
+    )
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in KEPT_PATHS]
+    model_id = model_manager.process_model_name(str(model_manager.force_model))
+    model, tokenizer = model_manager.load_model_and_processor(model_id)  # it is loaded already
+    get_manager = generation_state.get_manager
+    if generation_state.use_continuous_batching(model, Modality.LLM):
+        max_total_tokens = min(max_total_tokens, _start_batching(get_manager(model_id, use_cb=True), model))
+    generation_state.get_manager = lambda *args, **kwargs: BoundedManager(  # type: ignore[method-assign]
+        get_manager(*args, **kwargs), max_total_tokens
+    )
+    app.add_middleware(BodyLimit, max_bytes=BYTES_PER_TOKEN * max_total_tokens + BYTES_BESIDES)
+    app.add_exception_handler(StarletteHTTPException, lambda _, error: _error(error.status_code, error.detail))
+    app.add_exception_handler(RequestValidationError, lambda _, error: _error(422, _explain(error)))
+    app.add_exception_handler(TemplateError, lambda _, error: _error(400, f"the chat template refuses this: {error}"))
+
+    @app.post("/v1/completions")
+    async def complete(request: Request, body: CompletionRequest) -> Response:
+        return await _answer(completion_handler, request, body)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request, body: ChatRequest) -> Response:
+        if tokenizer.chat_template is None:
+            raise HTTPException(400, "the tokenizer has no chat template: give it one, or use /v1/completions")
+        beyond = [token for token in body.logit_bias or {} if int(token) >= model.config.vocab_size]
+        if beyond:
+            raise HTTPException(400, f"logit_bias: the model has {model.config.vocab_size} tokens, but no {beyond[0]}")
+        return await _answer(chat_handler, request, body)
+
+    _add_model_routes(app, model_manager)
+    return app
+
+
+def _add_model_routes(app: FastAPI, model_manager: ModelManager) -> None:
+    """The list of models, and the loading that `transformers chat` begins with: both know one model only."""
+    name = str(model_manager.force_model)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "hf_alibi"}]}
+
+    @app.post("/load_model")
+    async def load_model(body: ModelRequest) -> Response:
+        if body.model != name:
+            raise HTTPException(404, f"this server has {name!r}, not {body.model!r}")
+        progress = model_manager.load_model_streaming(model_manager.process_model_name(name))
+        return StreamingResponse(progress, media_type="text/event-stream")
+
+
+def _start_batching(manager: Any, model: PreTrainedModel) -> int:
+    """Starts continuous batching and returns how many tokens its cache holds: a longer request would end it."""
+    manager.init_cb(model, model.generation_config)
+    while manager.is_alive():
+        try:
+            return int(manager.scheduler.cache.max_tokens_read)
+        except RuntimeError:  # its thread still makes the cache
+            time.sleep(0.05)
+    raise UserError("continuous batching could not start; the log says why")
+
+
+async def _answer(
+    handler: ChatCompletionHandler | CompletionHandler, request: Request, body: GenerationRequest
+) -> Response:
+    """The answer of a handler of Transformers, which is called off if the client goes before it is there."""
+    fields = body.model_dump(exclude_unset=True, round_trip=True)
+    answer = asyncio.ensure_future(handler.handle_request(fields, request.state.request_id))
+    gone = asyncio.ensure_future(request.receive())  # nothing but the disconnection can follow the body
+    await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+    if not answer.done():
+        answer.cancel()
+        return Response(status_code=499)  # for the log: nobody reads it
+    gone.cancel()
+    response: Response = answer.result()
+    if isinstance(response, StreamingResponse):
+        response.body_iterator = _with_end(response.body_iterator)
+    return response
+
+
+async def _with_end(events: AsyncIterable[Any]) -> AsyncIterator[Any]:
+    async for event in events:
+        yield event
+    yield "data: [DONE]\n\n"
+
+
+class BoundedManager(BaseGenerateManager):
+    """What runs generations in Transformers' server, without those that are too long or that nobody waits for."""
+
+    def __init__(self, manager: BaseGenerateManager, max_total_tokens: int) -> None:
+        self.manager = manager
+        self.max_total_tokens = max_total_tokens
+
+    def init_cb(self, model: PreTrainedModel, gen_config: GenerationConfig) -> None:
+        """Prepares continuous batching, which samples for all requests in one way.
+
+        Raises:
+            HTTPException: 400, if the request asks for another way than the checkpoint's own.
+        """
+        own = model.generation_config
+        asked = [name for name in SAMPLING if (getattr(gen_config, name) or None) != (getattr(own, name) or None)]
+        if asked:
+            raise HTTPException(
+                400, f"with --continuous-batching all requests are sampled alike: leave out {', '.join(asked)}"
+            )
+        self.manager.init_cb(model, gen_config)
+
+    def generate_streaming(  # type: ignore[override]  # Transformers names all further arguments
+        self, model: PreTrainedModel, processor: Any, inputs: Any, gen_config: GenerationConfig, **kwargs: Any
+    ) -> tuple[asyncio.Queue[Any], Any]:
+        """As in Transformers; raises `HTTPException` for a request that is too long."""
+        self._prepare(model, inputs, gen_config)
+        return self.manager.generate_streaming(model, processor, inputs, gen_config, **kwargs)
+
+    async def generate_non_streaming(  # type: ignore[override]
+        self, model: PreTrainedModel, processor: Any, inputs: Any, gen_config: GenerationConfig, **kwargs: Any
+    ) -> Any:
+        """As in Transformers; raises `HTTPException` for a request that is too long. Stops when it is cancelled."""
+        self._prepare(model, inputs, gen_config)
+        calling_off = CallingOff()  # continuous batching knows no such thing: there it runs on beside the others
+        inputs = {**inputs, "stopping_criteria": [calling_off]}
+        generation = self.manager.generate_non_streaming(model, processor, inputs, gen_config, **kwargs)
+        try:
+            return await asyncio.shield(generation)  # its thread reports to it even then
+        except asyncio.CancelledError:
+            calling_off.event.set()
+            raise
+
+    def _prepare(self, model: PreTrainedModel, inputs: Any, gen_config: GenerationConfig) -> None:
+        prompt, new = torch.as_tensor(inputs["input_ids"]).shape[-1], gen_config.max_new_tokens
+        if prompt + new > self.max_total_tokens:
+            raise HTTPException(
+                400,
+                f"{prompt} tokens of prompt and {new} new ones (max_tokens) are more than the {self.max_total_tokens} "
+                "that this server takes in all (--max-total-tokens; in continuous batching also --cb-num-blocks)",
+            )
+        own = model.generation_config
+        given = [getattr(gen_config, name) not in (None, getattr(own, name)) for name in ("temperature", "top_p")]
+        if gen_config.do_sample is None and any(given):
+            gen_config.do_sample = True  # OpenAI's clients have no other way to ask for it
+
+    def stop(self) -> None:
+        """As in Transformers."""
+        self.manager.stop()
+
+
+class CallingOff(StoppingCriteria):
+    """Ends a generation at its next token once `event` is set."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Whether each sequence `[batch, length]` ends here: a boolean tensor `[batch]`."""
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+class BodyLimit:
+    """ASGI middleware that refuses a body of more than `max_bytes` before it is read."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on, or answers 411 or 413."""
+        answer = self.app
+        if scope["type"] == "http":
+            headers = dict(scope["headers"])
+            if b"transfer-encoding" in headers:
+                answer = _error(411, "send the length of the body (Content-Length) instead of chunks")
+            elif int(headers.get(b"content-length", 0)) > self.max_bytes:
+                answer = _error(413, f"the body has more than {self.max_bytes} bytes (raise --max-total-tokens)")
+        await answer(scope, receive, send)
+
+
+def _error(status: int, message: Any) -> JSONResponse:
+    """An error in OpenAI's form."""
+    return JSONResponse({"error": {"message": message, "type": "invalid_request_error", "code": None}}, status)
+
+
+def _explain(error: RequestValidationError) -> str:
+    """What is wrong with a request, field by field."""
+    reasons = []
+    for problem in error.errors():
+        field = ".".join(str(part) for part in problem["loc"][1:]) or "the body"
+        if problem["msg"] == "JSON decode error":  # where it happened takes the place of the field
+            reasons.append(f"the body is not JSON: {problem['ctx']['error']} (character {field})")
+        else:
+            reasons.append(f"{field}: {problem['msg']}")
+    return "; ".join(reasons)

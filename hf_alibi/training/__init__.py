@@ -1,0 +1,14 @@
+"""Data, tokenizer, packing, and training with Transformers' Trainer."""
+
+from .data import collate_blocks, load_file_corpus, load_hub_corpus, pack, standard_library_corpus, train_tokenizer
+from .trainer import train
+
+__all__ = [
+    "collate_blocks",
+    "load_file_corpus",
+    "load_hub_corpus",
+    "pack",
+    "standard_library_corpus",
+    "train",
+    "train_tokenizer",
+]

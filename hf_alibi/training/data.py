@@ -1,0 +1,302 @@
+"""From text to blocks of tokens: corpora, a tokenizer trained on the spot, and packing.
+
+A *corpus* is a `datasets.DatasetDict` (an `IterableDatasetDict` when streaming) with the splits ``train`` and
+``validation`` and one column, ``text``: one document a row. It comes from the Hub, from local files, or from the
+source files of the running Python's standard library, which need no network. Three lines prepare a training run::
+
+    corpus = standard_library_corpus()
+    tokenizer = train_tokenizer(corpus["train"]["text"], vocab_size=4096)
+    blocks = pack(corpus, tokenizer, block_size=256)
+
+`pack` loses nothing: each document is tokenised whole and closed with the end-of-text token, and each of these tokens
+lands in exactly one block. `collate_blocks` turns blocks into the tensors that a causal language model trains on.
+"""
+
+import glob
+import sysconfig
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+from datasets.exceptions import DatasetsError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ..errors import UserError
+
+Corpus: TypeAlias = DatasetDict | IterableDatasetDict
+AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset, DatasetDict, IterableDatasetDict)
+
+READERS = {".txt": "text", ".md": "text", ".py": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+"""The `datasets` builder that reads a file, by the file's extension."""
+
+END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
+
+CHAT_TEMPLATE = r"""
+{%- for message in messages %}{{ message['role'] + '\n' + message['content'] + eos_token }}{% endfor %}
+{%- if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"""
+"""A conversation as training sees texts: each message is a document, whose first line says who speaks."""
+
+# Tests outweigh the library; the tables of `encodings` are hardly text; packages and build settings differ by machine.
+SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
+SKIPPED_PREFIX = "_sysconfigdata"
+
+
+def standard_library_corpus() -> DatasetDict:
+    """The Python source files of the running interpreter's standard library, one document a file.
+
+    About 600 files and 10 MB, a tenth of them in the validation split: among these are several of more than 16,384
+    tokens. The split depends on a file's path alone, so it is the same on every machine and for every Python version.
+
+    Raises:
+        UserError: this Python comes without the source files of its library.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    splits: dict[str, list[str]] = {"train": [], "validation": []}
+    for path in sorted(path.relative_to(library).as_posix() for path in library.rglob("*.py")):
+        if SKIPPED_DIRECTORIES.isdisjoint(path.split("/")) and not path.startswith(SKIPPED_PREFIX):
+            try:
+                text = (library / path).read_bytes().decode("utf-8")
+            except UnicodeDecodeError:
+                continue
+            split = "validation" if _is_held_out(path, percentage=10) else "train"
+            splits[split].append(text)
+    corpus = DatasetDict({name: Dataset.from_dict({"text": texts}) for name, texts in splits.items()})
+    return _without_empty_documents(corpus, str(library))
+
+
+def load_hub_corpus(
+    name: str,
+    config_name: str | None = None,
+    *,
+    text_column: str = "text",
+    streaming: bool = False,
+    validation_percentage: int = 5,
+) -> Corpus:
+    """A dataset of the Hub by its name (or a local folder of the same form), one document a row.
+
+    Its own ``validation`` split is used if it has one. Otherwise `validation_percentage` of the documents of ``train``
+    are held out (none if 0), chosen by a hash of the text, so that copies of one document stay on the same side.
+
+    Raises:
+        UserError: the dataset cannot be read, or has no ``train`` split, no column `text_column`, or no text.
+    """
+    source = {"path": name, "name": config_name, "streaming": streaming}
+    return _as_corpus(name, source, text_column, validation_percentage)
+
+
+def load_file_corpus(
+    train_file: str,
+    validation_file: str | None = None,
+    *,
+    text_column: str = "text",
+    streaming: bool = False,
+    validation_percentage: int = 5,
+) -> Corpus:
+    """Local files, each given as a path or as a glob pattern (``"books/**/*.txt"``).
+
+    A plain text file is one document; a JSON Lines or Parquet file has one document a row, in `text_column`. Without
+    `validation_file`, documents are held out as in `load_hub_corpus`.
+
+    Raises:
+        UserError: there is no such file, its extension is not in `READERS`, or it has no `text_column` or no text.
+    """
+    patterns = {"train": train_file} | ({"validation": validation_file} if validation_file else {})
+    data_files = {split: _matching_files(pattern) for split, pattern in patterns.items()}
+    readers = sorted({_reader(path) for paths in data_files.values() for path in paths})
+    if len(readers) > 1:
+        raise UserError(f"the files of one corpus must be of one kind, not {' and '.join(readers)}")
+    source = {"path": readers[0], "data_files": data_files, "streaming": streaming}
+    if readers[0] == "text":
+        source["sample_by"] = "document"
+    return _as_corpus(" and ".join(patterns.values()), source, text_column, validation_percentage)
+
+
+def _matching_files(pattern: str) -> list[str]:
+    """The files that a path or glob pattern names, in sorted order and without those of no bytes."""
+    paths = sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
+    if not paths:
+        raise UserError(f"no such file: {pattern}")
+    filled = [path for path in paths if Path(path).stat().st_size > 0]
+    if not filled:
+        raise UserError(f"{pattern} is empty: a corpus needs at least one document with text in it")
+    return filled
+
+
+def _reader(path: str) -> str:
+    extension = Path(path).suffix
+    if extension not in READERS:
+        raise UserError(f"{path}: cannot read '{extension}' files, only {', '.join(READERS)}")
+    return READERS[extension]
+
+
+def _as_corpus(name: str, source: dict[str, Any], text_column: str, validation_percentage: int) -> Corpus:
+    """Load `source` with `load_dataset`, check it, and reduce it to the form of a corpus."""
+    try:
+        splits = load_dataset(**source)
+        used = [split for split in ("train", "validation") if split in splits]
+        first_rows: dict[str, dict[str, Any]] = {split: next(iter(splits[split]), {}) for split in used}
+    except (OSError, ValueError, DatasetsError) as error:
+        raise UserError(f"cannot read {name}: {shorten(str(error.__cause__ or error), 200)}") from error
+    if "train" not in first_rows:
+        raise UserError(f"{name} has no split 'train', only {', '.join(splits)}")
+    for row in first_rows.values():
+        if row and text_column not in row:
+            raise UserError(f"{name} has no column '{text_column}', only {', '.join(row)}")
+        if not isinstance(row.get(text_column, ""), str | None):
+            raise UserError(f"column '{text_column}' of {name} holds {type(row[text_column]).__name__}, not text")
+    corpus = type(splits)({split: splits[split].select_columns([text_column]) for split in first_rows})
+    if text_column != "text":
+        corpus = corpus.rename_column(text_column, "text")
+    if "validation" not in corpus and validation_percentage:
+        corpus = _hold_out(corpus, validation_percentage)
+    return _without_empty_documents(corpus, name)
+
+
+def _hold_out(corpus: Corpus, percentage: int) -> Corpus:
+    """Move about `percentage` of the documents of ``train`` to a new split ``validation``."""
+    documents = corpus["train"]
+    corpus["train"] = documents.filter(lambda text: not _is_held_out(text or "", percentage), input_columns="text")
+    corpus["validation"] = documents.filter(lambda text: _is_held_out(text or "", percentage), input_columns="text")
+    return corpus
+
+
+def _is_held_out(key: str, percentage: int) -> bool:
+    """Whether `key` falls into the held-out part; the same for every process and machine, unlike Python's hash."""
+    return zlib.crc32(key.encode("utf-8")) % 100 < percentage
+
+
+def _without_empty_documents(corpus: Corpus, name: str) -> Corpus:
+    corpus = corpus.filter(bool, input_columns="text")
+    for split, documents in corpus.items():
+        if next(iter(documents), None) is None:
+            raise UserError(
+                f"{name}: the {split} split has no document with text in it"
+                + ("; give a validation file, or hold out more documents, or 0%" if split == "validation" else "")
+            )
+    return corpus
+
+
+def train_tokenizer(
+    documents: Iterable[str], vocab_size: int, max_characters: int = 50_000_000
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer (Radford et al. 2019) on the first `max_characters` of the documents.
+
+    Any text survives encoding and decoding unchanged. ``<|endoftext|>`` begins and ends documents, ``<|padding|>``
+    pads, and `CHAT_TEMPLATE` lays out conversations. The same documents give the same tokenizer, of `vocab_size`
+    entries or fewer if the text is too short for that many.
+
+    Raises:
+        UserError: `vocab_size` has no room for the 256 bytes and the two special tokens.
+    """
+    special_tokens = [END_OF_TEXT, PADDING]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(special_tokens) + len(alphabet):
+        raise UserError(
+            f"a byte-level tokenizer needs at least {len(special_tokens) + len(alphabet)} entries, not {vocab_size}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(_first_characters(documents, max_characters), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        pad_token=PADDING,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _first_characters(documents: Iterable[str], count: int) -> Iterator[str]:
+    """The documents up to the one that brings their characters to `count`."""
+    for document in documents:
+        if count <= 0:
+            return
+        yield document[:count]
+        count -= len(document)
+
+
+def pack(
+    documents: AnyDataset, tokenizer: PreTrainedTokenizerBase, block_size: int, isolate_documents: bool = False
+) -> AnyDataset:
+    """Tokenise `documents` and cut them into blocks of `block_size` tokens, without loss.
+
+    The documents of a batch of 1,000 are put end to end, each closed by the end-of-text token, and cut every
+    `block_size` tokens. The last block of each batch takes what is left, so it may be shorter (and if that were a
+    single token, the block before gives it one of its own). Special tokens that are spelled out in a document are
+    read as the plain text that they are there.
+
+    Args:
+        documents: one split or a corpus, map-style or streaming, with the column ``text``.
+        isolate_documents: if False, blocks have the column ``input_ids`` alone, and attention crosses the borders
+            of documents. If True, a column ``position_ids`` restarts at 0 with each document and each block, which
+            the model reads as borders that attention does not cross.
+
+    Raises:
+        UserError: the tokenizer has no end-of-text token, or `block_size` is less than 3.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-text token (eos_token) to close documents with")
+    if block_size < 3:
+        raise UserError(f"block_size must be at least 3, so that every block has a token to predict, not {block_size}")
+    options = {"tokenizer": tokenizer, "block_size": block_size, "isolate_documents": isolate_documents}
+    return documents.map(_pack_batch, batched=True, batch_size=1000, remove_columns=["text"], fn_kwargs=options)
+
+
+def _pack_batch(
+    batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, block_size: int, isolate_documents: bool
+) -> dict[str, list[np.ndarray]]:
+    encoded = tokenizer(
+        batch["text"],
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        verbose=False,  # of documents longer than a given tokenizer's model can read: blocks are not
+    )
+    documents = [np.array([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encoded["input_ids"]]
+    lengths = [len(ids) for ids in documents]
+    cuts = np.arange(block_size, sum(lengths), block_size)
+    if sum(lengths) % block_size == 1:
+        cuts[-1:] -= 1  # in a block of one token there is nothing to predict, so a batch of it would have no loss
+    columns = {"input_ids": np.concatenate(documents)}
+    if isolate_documents:
+        starts = np.union1d(np.cumsum([0, *lengths[:-1]]), cuts)
+        spans = np.diff(starts, append=sum(lengths))
+        columns["position_ids"] = np.concatenate([np.arange(span, dtype=np.int32) for span in spans])
+    return {name: np.split(values, cuts) for name, values in columns.items()}
+
+
+def collate_blocks(blocks: list[dict[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
+    """Stack blocks to ``input_ids`` and ``labels`` (and ``position_ids``, if they have them), all `[batch, length]`.
+
+    Labels are the inputs, since the model itself shifts them by one. They are -100, which the loss leaves out, at
+    padding and where positions restart: nothing that a block sees foretells the first token of a document.
+
+    Shorter blocks are padded on the right. That needs no attention mask, because no token looks to its right, and the
+    positions of padding make it a document of its own.
+    """
+    batch = {
+        column: pad_sequence([torch.tensor(block[column], dtype=torch.long) for block in blocks], batch_first=True)
+        for column in blocks[0]
+    }
+    lengths = torch.tensor([[len(block["input_ids"])] for block in blocks])
+    beyond_end = torch.arange(batch["input_ids"].shape[1]) - lengths  # [batch, length], negative before the padding
+    is_target = beyond_end < 0
+    if "position_ids" in batch:
+        is_target &= batch["position_ids"] > 0
+        batch["position_ids"] = torch.where(beyond_end < 0, batch["position_ids"], beyond_end)
+    batch["labels"] = torch.where(is_target, batch["input_ids"], -100)
+    return batch

@@ -1,0 +1,188 @@
+"""scripts/benchmark.py: tables, JSON and plots from tiny sizes, reasons for what does not run, and true errors."""
+
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.image import imread
+
+from hf_alibi.benchmark import measuring as benchmarking
+from hf_alibi.benchmark import subjects
+from hf_alibi.benchmark.measuring import MeasuringArguments, compare, peak_mib
+from hf_alibi.cli import benchmark as benchmark_command
+from hf_alibi.errors import UserError
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
+TINY = ["--rounds", "2", "--threads", "1", "--device", "cpu", "--no_measure_memory"]
+TINY_MODEL = ["--hidden_size", "32", "--num_layers", "1", "--num_heads", "2", "--vocab_size", "64", *TINY]
+MEASURED = {"implementation", "milliseconds", "ratio", "milliseconds_by_round", "peak_mib", "reason"}
+OURS = ["ALiBi, sdpa", "ALiBi, sdpa, windows"]
+
+Main = Callable[[list[str]], None]
+
+
+@pytest.fixture(autouse=True)
+def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test looks at how long anything took."""
+    monkeypatch.setattr(benchmarking, "SECONDS_A_TURN", 1e-3)
+
+
+@pytest.fixture(scope="module")
+def main() -> Main:
+    return benchmark_command.main
+
+
+def run(main: Main, folder: Path, *argv: str) -> dict[str, Any]:
+    """The JSON that the sub-command wrote, beside a picture."""
+    main([*argv, "--output_prefix", str(folder / "new" / "result")])
+    assert imread(folder / "new" / "result.png").std() > 0
+    result = json.loads((folder / "new" / "result.json").read_text())
+    assert {"cpu", "cores", "threads", "gpu", "torch", "transformers", "date"} <= result["environment"].keys()
+    for record in result["records"]:
+        assert record.keys() >= MEASURED | {"task", "dtype", "length"}
+        if record["reason"] is None:
+            assert len(record["milliseconds_by_round"]) == 2
+    return result
+
+
+def test_attention(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--lengths", "63", "700", "--dtypes", "float32", "bfloat16", "--num_heads", "3", "--head_dim", "8"]
+    limits = ["--max_dense_length", "100", "--error_rows", "50", "--backends", "sdpa"]
+    records = run(main, tmp_path, "attention", *sizes, *limits, *TINY)["records"]
+    assert len(records) == 2 * 2 * 2 * 6
+    left_out = {(r["implementation"], r["length"]) for r in records if r["reason"]}
+    assert left_out == {(name, 700) for name in subjects.WITH_MASK}
+    errors = {(r["dtype"], r["length"], r["implementation"]): r["max_error"] for r in records if r["max_error"]}
+    assert len(errors) == 2 * (4 + 3)
+    for (dtype, length, name), error in errors.items():
+        assert error <= (2 if dtype == "float32" else 1.2) * errors[dtype, length, subjects.DENSE], name
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["task", "dtype", "tokens"]
+    assert sum(" - " in line for line in lines) >= len(records) // 2  # peak memory, and all of the long masks
+    assert f"forward, float32, 700, {subjects.DENSE}: longer than --max_dense_length" in lines
+
+
+@pytest.mark.parametrize("length", [70, 700])
+def test_errors_are_those_against_the_formula(length: int) -> None:
+    """What causal attention without any bias gets wrong is seen, at the sampled rows alone as at all."""
+    problem = subjects.Problem(length, num_heads=2, head_dim=8, dtype="float32", device="cpu")
+    names = [subjects.CAUSAL, *subjects.WITH_MASK, *OURS]
+    sampled, everywhere = (subjects.max_errors(names, problem, rows) for rows in (60, length))
+    assert sampled[subjects.CAUSAL] > 0.1
+    for name in names:
+        assert sampled[name] <= everywhere[name]
+        assert name == subjects.CAUSAL or everywhere[name] < 1e-5
+
+
+def test_model(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lengths = ["--train_lengths", "20", "--prefill_lengths", "20", "600", "--logits_length", "600"]
+    options = ["--backends", "eager", "sdpa", "--max_eager_length", "100"]
+    result = run(main, tmp_path, "model", *lengths, *options, *TINY_MODEL)
+    assert len(result["records"]) == 3 * 7
+    left_out = [(r["task"], r["implementation"]) for r in result["records"] if r["reason"]]
+    assert left_out == [("prefill", subjects.EAGER)]
+    for record in result["records"]:
+        assert (record["tokens_per_second"] is None) == (record["reason"] is not None)
+        assert record["implementation"] != subjects.LLAMA or record["ratio"] == 1
+    assert [size["implementation"] for size in result["sizes"]] == [subjects.EAGER, *OURS, *subjects.PEERS]
+    difference = {r["implementation"]: r["relative_difference"] for r in result["logits"]}
+    assert difference[subjects.EAGER] == 0
+    assert all(0 < difference[name] < 1e-5 for name in OURS)
+    assert "parameters" in capsys.readouterr().out
+
+
+def test_peers_have_about_as_many_parameters() -> None:
+    """At the default size, and with few positions, as GPT-2 alone has weights for these."""
+    shape = subjects.Shape(512, 6, 8, 8192, max_positions=1, dtype="float32", device="meta")
+    mine = subjects.build_model(subjects.WINDOWED, shape).num_parameters()
+    for name in subjects.PEERS:
+        assert subjects.build_model(name, shape).num_parameters() == pytest.approx(mine, rel=0.005), name
+
+
+@pytest.mark.parametrize("longest", [100, 150])
+def test_generation(main: Main, tmp_path: Path, longest: int) -> None:
+    options = [
+        "--contexts",
+        "30",
+        "150",
+        "--chunk_size",
+        "40",
+        "--new_tokens",
+        "2",
+        "--max_peer_context",
+        str(longest),
+    ]
+    records = run(main, tmp_path, "generation", *options, *TINY_MODEL)["records"]
+    assert [r["implementation"] for r in records] == list(subjects.DECODERS) * 2
+    for record in records:
+        left_out = record["length"] > longest and record["implementation"] in subjects.PEERS
+        assert (record["reason"] is not None) == left_out
+        assert (record["cache_mib"] is None) == (record["prefill_seconds"] is None) == left_out
+        if record["implementation"] == subjects.DYNAMIC_CACHE:  # 2 warm-up calls, 2 rounds of 2 tokens
+            assert record["cache_mib"] == 2 * 32 * 4 * (record["length"] + 6) / 2**20
+
+
+def test_chunks_and_cache_give_the_tokens_of_the_whole_text() -> None:
+    shape = subjects.Shape(32, 1, 2, 64, max_positions=80, dtype="float32", device="cpu")
+    for name, model in subjects.DECODERS.items():
+        decoder = subjects.Decoder(name, shape, context=70, chunk_size=32)
+        text = torch.cat([subjects.random_tokens(shape, 70), decoder.token], dim=1)
+        decoder()
+        expected = subjects.build_model(model, shape)(input_ids=text).logits[:, -2:].argmax(-1)
+        assert torch.equal(torch.cat([text[:, -1:], decoder.token], dim=1), expected), name
+
+
+def test_peak_memory_is_that_of_the_call_alone() -> None:
+    how = MeasuringArguments(device="cpu")
+    assert peak_mib(partial(partial, torch.zeros, 2**24), how) == pytest.approx(64, abs=8)
+
+
+def test_what_fails_gets_a_reason_and_leaves_the_others_alone() -> None:
+    calls = {
+        "works": partial(partial, torch.zeros, 3),
+        "too large": partial(partial, torch.zeros, 2**38),
+        "dies": partial(partial, os._exit, 1),
+        "not asked": partial(partial, os._exit, 1),
+    }
+    how = MeasuringArguments(rounds=3, device="cpu", memory_gib=4)
+    records = compare(calls, "works", how, label="test", skip={"not asked": "because"})
+    assert records["works"]["ratio"] == 1
+    assert records["works"]["reason"] is None
+    assert "can't allocate memory" in records["too large"]["reason"]
+    assert "BrokenProcessPool" in records["dies"]["reason"]
+    assert records["not asked"]["reason"] == "because"
+    assert all(record["milliseconds"] is None for name, record in records.items() if name != "works")
+
+
+def test_memory_is_limited_where_it_is_not_measured() -> None:
+    how = MeasuringArguments(rounds=1, device="cpu", memory_gib=4, measure_memory=False)
+    records = compare({"too large": partial(partial, torch.zeros, 2**31)}, "too large", how, label="test")
+    assert "can't allocate memory" in records["too large"]["reason"]
+    torch.empty(2**31)  # the limit is gone; these 8 GiB are never touched
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["attention", "--lengths", "8", "0"], "--lengths must be positive"),
+        (["attention", "--device", "tpu"], "must be cpu or cuda"),
+        (["model", "--hidden_size", "50", "--num_heads", "8"], "does not divide into 8 heads"),
+        (["generation", "--output_prefix", f"{SCRIPT}/result"], "cannot make the folder"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_mistakes_are_told_before_anything_is_measured(main: Main, argv: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        main(argv)
+
+
+@pytest.mark.parametrize("argv", [[], ["speed"], ["attention", "--dtypes", "int8"], ["model", "--length", "5"]])
+def test_unknown_arguments_end_with_status_2(main: Main, argv: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2

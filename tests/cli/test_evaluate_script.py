@@ -1,0 +1,158 @@
+"""scripts/evaluate.py: table, JSON and plot from real checkpoints, and nothing overwritten after a mistake."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+from matplotlib.image import imread
+from tiny import VOCAB_SIZE, save_checkpoint
+
+from hf_alibi.cli import evaluate as evaluate_command
+from hf_alibi.errors import UserError
+from hf_alibi.evaluation.perplexity import encode_stream, mean_by_doubling, perplexity_by_length
+from hf_alibi.hub.checkpoints import load_causal_lm
+from hf_alibi.positions.sinusoidal import SinusoidalGPTConfig
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate.py"
+TEXT = "the quick brown fox jumps over the lazy dog\n" * 40
+
+
+@pytest.fixture(scope="module")
+def main() -> Callable[[list[str]], None]:
+    return evaluate_command.main
+
+
+@pytest.fixture(scope="module")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained AlibiGPT; not to be changed."""
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `datasets` caches goes with the test."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> str:
+    (tmp_path / "text.txt").write_text(TEXT)
+    return str(tmp_path / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def sinusoidal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = SinusoidalGPTConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16
+    )
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoints") / "sinusoidal", config)
+
+
+@pytest.mark.parametrize("stride", [None, 4], ids=["no overlap", "stride 4"])
+def test_table_json_and_plot(
+    main: Callable[[list[str]], None],
+    tiny_checkpoint: Path,
+    sinusoidal: Path,
+    text_file: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    stride: int | None,
+) -> None:
+    prefix = tmp_path / "new folder" / "v1.2"
+    arguments = ["--model_name_or_path", str(tiny_checkpoint), str(sinusoidal), "--validation_file", text_file]
+    arguments += ["--lengths", "64", "16", "--max_tokens", "150", "--device", "cpu", "--output_prefix", str(prefix)]
+    main(arguments + ([] if stride is None else ["--stride", str(stride)]))
+
+    header, *rows, targets, caption = capsys.readouterr().out.splitlines()
+    assert header.split() == ["length", "tiny", "sinusoidal"]
+    assert targets.split() == ["tokens", "128", "128"]
+    assert ("windows 4 tokens apart" if stride else "non-overlapping windows") in caption
+    written = json.loads((tmp_path / "new folder" / "v1.2.json").read_text())["models"]
+    for column, (folder, entry) in enumerate(zip([tiny_checkpoint, sinusoidal], written, strict=True)):
+        model, tokenizer = load_causal_lm(folder, device="cpu")
+        input_ids = encode_stream(tokenizer, [TEXT], 151)
+        expected = perplexity_by_length(model, input_ids, [16, 64], stride, tokenizer=tokenizer)
+        assert entry["label"] == folder.name
+        assert entry["training_length"] == model.config.max_position_embeddings
+        for row, found, result in zip(rows, entry["results"], expected, strict=True):
+            assert row.split()[0] == str(result.length)
+            assert row.split()[1 + 2 * column] == f"{result.perplexity:.2f}"
+            assert found["perplexity"] == pytest.approx(result.perplexity)
+            assert found["bits_per_byte"] == pytest.approx(result.bits_per_byte)
+            by_position = mean_by_doubling(result.nats_by_position)
+            assert found["nats_by_position"] == pytest.approx({str(key): nats for key, nats in by_position.items()})
+    picture = imread(tmp_path / "new folder" / "v1.2.png")
+    assert len(set(map(tuple, picture.reshape(-1, 4).tolist()))) > 10  # more than a blank page
+
+
+def test_the_standard_library_is_the_default_text(
+    main: Callable[[list[str]], None], tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["--model_name_or_path", str(tiny_checkpoint), "--lengths", "32", "--max_tokens", "64"])
+    assert capsys.readouterr().out.splitlines()[-2].split() == ["tokens", "64"]
+
+
+def test_files_can_be_streamed(
+    main: Callable[[list[str]], None], tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "".join(json.dumps({"body": TEXT}) + "\n" for _ in range(3))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    arguments = ["--model_name_or_path", str(tiny_checkpoint), "--lengths", "32", "--max_tokens", "64"]
+    arguments += ["--validation_file", str(tmp_path / "rows.jsonl"), "--text_column", "body"]
+    main(arguments)
+    whole = capsys.readouterr().out
+    main([*arguments, "--streaming"])
+    assert capsys.readouterr().out == whole
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--validation_file", "missing.txt"], "no such file: missing.txt"),
+        (["--labels", "one", "two"], "2 --labels for 1 checkpoints"),
+        (["--dataset_name", "some/dataset"], "either --dataset_name or --validation_file"),
+        (["--lengths", "16", "100000"], "length 100000 needs at least 100001 tokens of text"),
+        (["--stride", "17"], "stride is 17 and length 16"),
+        (["--device", "nonesuch"], "device 'nonesuch' is not available"),
+        (["--config_overrides", "alibi_scaling=2"], "alibi_scaling"),
+        (["--model_name_or_path", "{tiny}", "./missing"], r"\./missing .which is no folder here"),
+    ],
+    ids=["no file", "labels", "two sources", "short text", "stride", "device", "scaling", "second checkpoint"],
+)
+def test_a_mistake_leaves_earlier_results_alone(
+    main: Callable[[list[str]], None],
+    tiny_checkpoint: Path,
+    text_file: str,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    for name in ("earlier.json", "earlier.png"):
+        (tmp_path / name).write_text("kept")
+    common = ["--model_name_or_path", str(tiny_checkpoint), "--validation_file", text_file, "--lengths", "16"]
+    arguments = [argument.format(tiny=tiny_checkpoint) for argument in arguments]
+    with pytest.raises(UserError, match=message):
+        main([*common, "--output_prefix", str(tmp_path / "earlier"), *arguments])
+    assert all((tmp_path / name).read_text() == "kept" for name in ("earlier.json", "earlier.png"))
+
+
+def test_unknown_arguments_are_refused(
+    main: Callable[[list[str]], None], tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--model_name_or_path", str(tiny_checkpoint), "--length", "16"])
+    assert exit_info.value.code == 2
+    assert "unknown arguments: --length 16" in capsys.readouterr().err
+
+
+def test_as_a_program_it_ends_in_one_line_and_status_2() -> None:
+    command = [sys.executable, str(SCRIPT), "--model_name_or_path", "./missing"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("error: cannot load the config of ./missing")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,35 @@
+"""Checkpoints of earlier releases stay loadable.
+
+The policy: a config has no version. A field, once released, keeps its name, its meaning and its default; new fields
+come with defaults that compute what was computed before. So a config without them means the same for ever. A change
+that cannot be made like this is another architecture, with a ``model_type`` of its own. In the other direction, the
+code that travels with a checkpoint is always of the release that saved it.
+
+``fixtures/first-release`` was saved by release 0.1.0 and is never saved again: two models that between them take every
+choice of the config, and in ``expected.safetensors`` tokens with the last logits and the greedy continuation that the
+release computed from them. A release that adds choices adds a folder.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_alibi.hub.checkpoints import load_causal_lm
+
+FOLDER = Path(__file__).parents[1] / "fixtures" / "first-release"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qk-norm", "layer-norm"])
+def test_a_checkpoint_of_the_first_release_computes_what_it_did(name: str) -> None:
+    model, tokenizer = load_causal_lm(FOLDER / name, device="cpu")
+    expected = load_file(FOLDER / name / "expected.safetensors")
+    input_ids = expected["input_ids"]
+    logits = model(input_ids, logits_to_keep=expected["logits"].shape[1]).logits
+    torch.testing.assert_close(logits, expected["logits"], rtol=0, atol=1e-5 * logits.abs().max().item())
+    mask = torch.ones_like(input_ids)
+    sequence = model.generate(input_ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    assert torch.equal(sequence[:, input_ids.shape[1] :], expected["continuation"])
+    assert torch.equal(tokenizer("the quick brown fox", return_tensors="pt")["input_ids"], expected["tokens"])

@@ -1,0 +1,307 @@
+"""The command `hf_alibi` over real HTTP: answers equal `generate`'s, and no client can stop the server for others."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sysconfig
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+import torch
+from openai import OpenAI
+from tiny import VOCAB_SIZE, save_checkpoint, tiny_tokenizer
+from transformers import AutoTokenizer
+
+from hf_alibi import AlibiGPTForCausalLM, AlibiGPTForSequenceClassification
+from hf_alibi.cli.serve import main
+from hf_alibi.errors import UserError
+
+COMMAND = Path(sysconfig.get_path("scripts")) / "hf_alibi"
+PROMPT = "the quick brown fox "
+MESSAGES: list[Any] = [{"role": "user", "content": PROMPT}]
+LETTERS = range(66, 92)  # the tokens of a to z, the only ones that are generated: each token shows in a stream
+MAX_TOTAL_TOKENS = 20_000
+
+
+class Server:
+    """`hf_alibi serve` of a checkpoint, in a process of its own on a free port."""
+
+    def __init__(self, checkpoint: Path, *options: str) -> None:
+        with socket.create_server(("localhost", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.checkpoint = checkpoint
+        self.log = checkpoint / "log.txt"
+        self.url = f"http://localhost:{self.port}"
+        limits = ["--port", str(self.port), "--max-total-tokens", str(MAX_TOTAL_TOKENS)]
+        self.command = [str(COMMAND), "serve", str(checkpoint), *limits, *options]
+
+    def start(self) -> "Server":
+        """Start the process and wait until it answers."""
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, env=environment)
+        deadline = time.monotonic() + 120
+        while not self.is_up():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        return self
+
+    def kill(self) -> None:
+        """Send SIGKILL (kill -9)."""
+        self.process.kill()
+        self.process.wait()
+
+    __enter__ = start
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+
+    def is_up(self) -> bool:
+        """Whether there is an answer."""
+        try:
+            return httpx2.get(f"{self.url}/health").status_code == 200
+        except httpx2.ConnectError:
+            return False
+
+    def post(self, path: str, **options: Any) -> httpx2.Response:
+        """A bare request."""
+        return httpx2.post(self.url + path, timeout=60, **options)
+
+    def client(self) -> OpenAI:
+        """OpenAI's own client of this server."""
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def complete(self, prompt: str, max_tokens: int, **options: Any) -> str:
+        """A completion, which is streamed."""
+        with self.client() as client:
+            chunks = client.completions.create(
+                model=str(self.checkpoint), prompt=prompt, max_tokens=max_tokens, stream=True, **options
+            )
+            return "".join(chunk.choices[0].text for chunk in chunks)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained AlibiGPT that generates letters without end."""
+    return save_letters(tmp_path_factory.mktemp("checkpoints") / "letters")
+
+
+def save_letters(folder: Path) -> Path:
+    save_checkpoint(folder)
+    others = [token for token in range(VOCAB_SIZE) if token not in LETTERS]
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"suppress_tokens": others}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path) -> Iterator[Server]:
+    with Server(checkpoint) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> AlibiGPTForCausalLM:
+    return AlibiGPTForCausalLM.from_pretrained(checkpoint)
+
+
+def generated(model: AlibiGPTForCausalLM, prompt: str, max_new_tokens: int) -> str:
+    input_ids = torch.tensor([tiny_tokenizer()(prompt)["input_ids"]])
+    sequence = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=max_new_tokens)[0]
+    return str(tiny_tokenizer().decode(sequence[input_ids.shape[1] :]))
+
+
+def test_completions_are_those_of_generate(server: Server, model: AlibiGPTForCausalLM) -> None:
+    expected = generated(model, PROMPT, 20)
+    assert server.complete(PROMPT, 20) == expected
+    with server.client() as client:
+        assert [entry.id for entry in client.models.list()] == [str(server.checkpoint)]
+        answer = client.completions.create(model=str(server.checkpoint), prompt=PROMPT, max_tokens=20)
+        stopped = client.completions.create(
+            model=str(server.checkpoint), prompt=PROMPT, max_tokens=20, stop=expected[7:9]
+        )
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (expected, "length")
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 20
+    assert stopped.choices[0].text == expected[: expected.index(expected[7:9]) + 2]
+
+
+def test_chat_follows_the_template(server: Server, model: AlibiGPTForCausalLM) -> None:
+    prompt = tiny_tokenizer().apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
+    expected = generated(model, str(prompt), 20)
+    with server.client() as client:
+        answer = client.chat.completions.create(model=str(server.checkpoint), messages=MESSAGES, max_tokens=20)
+    assert answer.choices[0].message.content == expected
+    body = {"messages": MESSAGES, "max_tokens": 20, "stream": True}
+    *events, end = server.post("/v1/chat/completions", json=body).text.strip().split("\n\n")
+    assert end == "data: [DONE]"
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == expected
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    assert chunks[-1]["usage"]["completion_tokens"] == 20
+
+
+def test_a_temperature_asks_for_sampling(server: Server, model: AlibiGPTForCausalLM) -> None:
+    first, again, other = (server.complete(PROMPT, 20, temperature=2.0, seed=seed) for seed in (1, 1, 2))
+    assert first == again
+    assert len({first, other, generated(model, PROMPT, 20)}) == 3
+    assert server.complete(PROMPT, 20, temperature=0) == generated(model, PROMPT, 20)
+
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+BAD_REQUESTS: dict[str, tuple[str, dict[str, Any], int, str]] = {
+    "no prompt": (COMPLETIONS, {"max_tokens": 5}, 422, "prompt: Field required"),
+    "empty prompt": (COMPLETIONS, {"prompt": ""}, 422, "prompt: String should have at least 1 character"),
+    "prompt of another type": (COMPLETIONS, {"prompt": 5}, 422, "prompt: Input should be a valid string"),
+    "another model": (COMPLETIONS, {"prompt": "x", "model": "other"}, 400, "requested 'other'"),
+    "unknown field": (COMPLETIONS, {"prompt": "x", "maximum": 5}, 422, "maximum: Extra inputs are not permitted"),
+    "several answers": (COMPLETIONS, {"prompt": "x", "n": 2}, 422, "n: Input should be 1"),
+    "no tokens": (COMPLETIONS, {"prompt": "x", "max_tokens": 0}, 422, "max_tokens: Input should be greater than 0"),
+    "too many tokens": (COMPLETIONS, {"prompt": "x", "max_tokens": 20_000}, 400, "1 tokens of prompt and 20000 new"),
+    "too long a prompt": (COMPLETIONS, {"prompt": "x" * 20_000, "max_tokens": 1}, 400, "more than the 20000 that"),
+    "temperature": (COMPLETIONS, {"prompt": "x", "temperature": -1}, 422, "greater than or equal to 0.01"),
+    "stop": (COMPLETIONS, {"prompt": "x", "stop": [""]}, 422, "stop.*at least 1 character"),
+    "settings": (COMPLETIONS, {"prompt": "x", "generation_config": "{"}, 422, "generation_config: Invalid JSON"),
+    "beams": (
+        COMPLETIONS,
+        {"prompt": "x", "generation_config": '{"max_new_tokens": 5, "num_beams": 2}'},
+        422,
+        "generation_config.num_beams: Extra inputs",
+    ),
+    "no messages": (CHAT, {"messages": []}, 422, "messages: List should have at least 1 item"),
+    "message without a role": (CHAT, {"messages": [{"content": "x"}]}, 422, "messages.0.role: Field required"),
+    "picture": (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 422, "should be 'text'"),
+    "bias": (CHAT, {"messages": MESSAGES, "logit_bias": {"290": 1.0}}, 400, "290 tokens, but no 290"),
+    "loading another model": ("/load_model", {"model": "other"}, 404, "not 'other'"),
+    "unknown path": ("/v1/responses", {"input": "x"}, 404, "Not Found"),
+}
+
+
+@pytest.mark.parametrize(("path", "body", "status", "message"), BAD_REQUESTS.values(), ids=BAD_REQUESTS.keys())
+def test_a_bad_request_is_refused_with_a_message(
+    server: Server, path: str, body: dict[str, Any], status: int, message: str
+) -> None:
+    streamed = {} if path == "/load_model" else {"stream": True}
+    for answer in (server.post(path, json=body), server.post(path, json=body | streamed)):
+        assert answer.status_code == status
+        assert re.search(message, answer.json()["error"]["message"])
+
+
+BAD_BODIES: dict[str, tuple[bytes | Iterator[bytes], int, str]] = {
+    "malformed": (b'{"prompt": "x', 422, "the body is not JSON: Unterminated string starting at (character 11)"),
+    "no object": (b"[1]", 422, "the body: Input should be a valid dictionary"),
+    "empty": (b"", 422, "the body: Field required"),
+    "no text": (b'{"prompt": "\xff"}', 400, "error parsing the body"),
+    "deep": (b"[" * 100_000, 400, "error parsing the body"),
+    "long": (b'{"prompt": "' + b"x" * 400_000 + b'"}', 413, "the body has more than 385536 bytes"),
+    "of unknown length": (iter([b'{"prompt": "x"}']), 411, "send the length of the body"),
+}
+
+
+@pytest.mark.parametrize(("content", "status", "message"), BAD_BODIES.values(), ids=BAD_BODIES.keys())
+def test_a_bad_body_is_refused_with_a_message(
+    server: Server, content: bytes | Iterator[bytes], status: int, message: str
+) -> None:
+    answer = server.post(COMPLETIONS, content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == status
+    assert message in answer.json()["error"]["message"]
+
+
+def test_clients_of_openai_get_its_exceptions(server: Server) -> None:
+    with pytest.raises(openai.UnprocessableEntityError, match="max_tokens: Input should be greater than 0"):
+        server.complete(PROMPT, -1)
+
+
+def test_a_prompt_of_16k_tokens(server: Server, model: AlibiGPTForCausalLM) -> None:
+    prompt = "".join(chr(97 + n * n % 26) for n in range(16_384))
+    assert server.complete(prompt, 10) == generated(model, prompt, 10)
+
+
+def test_32_parallel_streams(server: Server, model: AlibiGPTForCausalLM) -> None:
+    prompts = [f"{PROMPT}{n}" for n in range(32)]
+    with ThreadPoolExecutor(32) as threads:
+        texts = list(threads.map(lambda prompt: server.complete(prompt, 8), prompts))
+    assert texts == [generated(model, prompt, 8) for prompt in prompts]
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+def test_a_client_that_leaves_does_not_keep_others_waiting(server: Server, stream: bool) -> None:
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 19_000, "stream": stream}).encode()  # for a minute or more
+    head = (
+        f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    )
+    for _ in range(4):
+        with socket.create_connection(("localhost", server.port)) as leaving:
+            leaving.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+            time.sleep(0.2)
+    start = time.monotonic()
+    assert len(server.complete(PROMPT, 5)) == 5
+    assert time.monotonic() - start < 10
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_killed_and_started_again(server: Server) -> None:
+    expected = server.complete(PROMPT, 10)
+    killer = threading.Timer(0.5, server.kill)
+    killer.start()
+    with pytest.raises((openai.APIError, httpx2.TransportError)):
+        server.complete(PROMPT, 19_000)
+    killer.join()
+    server.start()
+    assert server.complete(PROMPT, 10) == expected
+
+
+def test_chat_command(server: Server, model: AlibiGPTForCausalLM) -> None:
+    prompt = tiny_tokenizer().apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
+    environment = {
+        name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"
+    }  # it forbids this too
+    chat = subprocess.run(
+        [COMMAND, "chat", server.checkpoint, server.url, "max_new_tokens=12", "do_sample=False"],
+        input=f"{PROMPT}\nn\n!exit\n",  # no: it asks whether to go on
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert chat.returncode == 0, chat.stderr
+    assert generated(model, str(prompt), 12) in chat.stdout
+
+
+@pytest.mark.slow
+def test_continuous_batching_and_no_chat_template(tmp_path: Path) -> None:
+    folder = save_letters(tmp_path / "letters")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = None
+    (folder / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(folder)
+    model = AlibiGPTForCausalLM.from_pretrained(folder)
+    prompts = [f"{PROMPT}{n}" for n in range(32)]
+    with Server(folder, "--continuous-batching", "--cb-num-blocks", "40") as server:
+        with ThreadPoolExecutor(32) as threads:
+            texts = list(threads.map(lambda prompt: server.complete(prompt, 8), prompts))
+        assert texts == [generated(model, prompt, 8) for prompt in prompts]
+        too_long = server.post(COMPLETIONS, json={"prompt": "x" * 10_240, "max_tokens": 1})
+        assert (too_long.status_code, "more than the 10240 that" in too_long.text) == (400, True)
+        sampled = server.post(COMPLETIONS, json={"prompt": PROMPT, "temperature": 0.5})
+        assert (sampled.status_code, "leave out temperature" in sampled.text) == (400, True)
+        chat = server.post(CHAT, json={"messages": MESSAGES})
+        assert (chat.status_code, "no chat template" in chat.text) == (400, True)
+
+
+def test_what_cannot_be_served_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot load the config of"):
+        main(["serve", str(tmp_path / "missing")])
+    save_checkpoint(tmp_path)
+    AlibiGPTForSequenceClassification.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="holds AlibiGPTForSequenceClassification; a language model"):
+        main(["serve", str(tmp_path)])

@@ -1,0 +1,292 @@
+"""Training with `scripts/train.py`: what it leaves behind, how it resumes, and what it refuses before it writes."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from conftest import ModelFactory
+from datasets import Dataset, DatasetDict
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    TrainingArguments,
+)
+
+from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM
+from hf_alibi.cli import train as train_command
+from hf_alibi.errors import UserError
+from hf_alibi.training.data import pack, train_tokenizer
+from hf_alibi.training.trainer import check_vocabulary, find_checkpoint, train
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
+TINY = ["--config_overrides", "hidden_size=32,num_hidden_layers=2,num_attention_heads=4,hidden_dropout=0.1"]
+TINY += ["--vocab_size", "300", "--block_size", "16", "--use_cpu", "--disable_tqdm", "True"]
+TINY += ["--per_device_train_batch_size", "2", "--learning_rate", "0.01"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `datasets` caches goes with the test."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    """A file of 100 documents of different lengths."""
+    path = tmp_path / "rows.jsonl"
+    texts = ["".join(f"line {line} of document {n}\n" for line in range(n % 7 + 1)) for n in range(100)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, make_model: ModelFactory) -> Path:
+    """A small AlibiGPT with a tokenizer of 300 tokens."""
+    folder = tmp_path / "checkpoint"
+    make_model(vocab_size=300).save_pretrained(folder)
+    train_tokenizer([Path(__file__).read_text()], 300).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def main() -> Callable[[list[str]], None]:
+    return train_command.main
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(SCRIPT), *arguments]
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    return os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(SCRIPT.parents[1])}
+
+
+def test_script_trains_on_the_standard_library(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    limits = ["--max_steps", "4", "--max_eval_samples", "8", "--eval_strategy", "steps", "--eval_steps", "2"]
+    finished = subprocess.run(
+        command("--output_dir", str(output), *TINY, *limits, "--report_to", "tensorboard"),
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    results = json.loads((output / "all_results.json").read_text())
+    assert results["eval_perplexity"] == pytest.approx(math.exp(results["eval_loss"]), rel=1e-3)
+    assert re.search(rf"eval_perplexity += +{round(results['eval_perplexity'], 4)}\n", finished.stdout)
+    assert results["train_loss"] == json.loads((output / "train_results.json").read_text())["train_loss"]
+    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in log if "eval_perplexity" in entry] == [2, 4]
+    assert list((output / "runs").rglob("events.out.tfevents.*"))
+
+    model = AutoModelForCausalLM.from_pretrained(output)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert isinstance(model, AlibiGPTForCausalLM)
+    assert (model.config.max_position_embeddings, model.config.use_cache) == (16, True)
+    assert model.config.vocab_size == len(tokenizer) == 300
+
+
+RESUMABLE = {
+    "map-style": [],
+    "streaming": ["--streaming"],
+    "isolated, accumulating": ["--isolate_documents", "--gradient_accumulation_steps", "2"],
+    "bfloat16, checkpointed activations": ["--bf16", "--activation_checkpointing", "True"],
+}
+
+
+@pytest.mark.parametrize("options", RESUMABLE.values(), ids=RESUMABLE.keys())
+def test_resumed_run_ends_with_the_same_weights(
+    main: Callable[[list[str]], None], rows: str, tmp_path: Path, options: list[str]
+) -> None:
+    arguments = [*TINY, *options, "--train_file", rows, "--max_steps", "6", "--save_steps", "4"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    main(["--output_dir", str(whole), *arguments])
+    shutil.copytree(whole / "checkpoint-4", resumed / "checkpoint-4")
+    assert (whole / "model.safetensors").read_bytes() != (whole / "checkpoint-4/model.safetensors").read_bytes()
+    main(["--output_dir", str(resumed), *arguments, "--resume_from_checkpoint", "True"])
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_to_the_same_weights(tmp_path: Path, rows: str) -> None:
+    arguments = [*TINY, "--train_file", rows, "--max_steps", "100", "--save_steps", "10", "--save_total_limit", "2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command("--output_dir", str(whole), *arguments), env=environment(tmp_path), check=True)
+    process = subprocess.Popen(command("--output_dir", str(killed), *arguments), env=environment(tmp_path))
+    while not list(killed.glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "model.safetensors").exists()
+    resume = ["--output_dir", str(killed), *arguments, "--resume_from_checkpoint", "True"]
+    subprocess.run(command(*resume), env=environment(tmp_path), check=True)
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path, rows: str) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(SCRIPT)]
+    arguments = ["--output_dir", str(tmp_path / "run"), *TINY, "--train_file", rows, "--max_steps", "3"]
+    subprocess.run([*launch, *arguments], env=environment(tmp_path), check=True)
+    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    assert results["eval_perplexity"] == pytest.approx(math.exp(results["eval_loss"]), rel=0.02)
+
+
+def test_fine_tuning_starts_from_the_checkpoint(
+    main: Callable[[list[str]], None], checkpoint: Path, rows: str, tmp_path: Path
+) -> None:
+    start = ["--model_name_or_path", str(checkpoint), "--train_file", rows, "--block_size", "16"]
+    main(["--output_dir", str(tmp_path / "run"), *start, "--max_steps", "1", "--learning_rate", "0"])
+    before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint, tmp_path / "run"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_perplexity_of_isolated_documents_is_that_of_each_document_alone(
+    tmp_path: Path, make_model: ModelFactory
+) -> None:
+    texts = [f"document number {n} " * (n % 5 + 1) for n in range(20)]
+    tokenizer = train_tokenizer(texts, 270)
+    documents = Dataset.from_dict({"text": texts})
+    blocks = pack(DatasetDict(train=documents, validation=documents), tokenizer, 10_000, isolate_documents=True)
+    model = make_model(vocab_size=len(tokenizer))
+    args = TrainingArguments(str(tmp_path / "run"), max_steps=1, learning_rate=0.0, use_cpu=True, disable_tqdm=True)
+    metrics = train(model, tokenizer, blocks, args)
+
+    total, count = 0.0, 0
+    for text in texts:
+        ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+        with torch.no_grad():
+            total += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+def test_vocabulary_must_fit() -> None:
+    tokenizer = train_tokenizer(["a"], 258)
+    check_vocabulary(tokenizer, AlibiGPTConfig(vocab_size=258))
+    with pytest.raises(UserError, match="258 tokens, more than the 257"):
+        check_vocabulary(tokenizer, AlibiGPTConfig(vocab_size=257))
+
+
+def test_last_complete_checkpoint_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    args = TrainingArguments(str(tmp_path), resume_from_checkpoint="True", use_cpu=True)
+    (tmp_path / "checkpoint-9").mkdir()
+    assert find_checkpoint(args) is None
+    assert "training begins at the first step" in caplog.text
+    for step in (8, 10, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (8, 10):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert find_checkpoint(args) == str(tmp_path / "checkpoint-10")
+
+
+def test_output_of_another_run_is_not_overwritten(tmp_path: Path) -> None:
+    finished = tmp_path / "finished"
+    finished.mkdir()
+    assert find_checkpoint(TrainingArguments(str(finished), use_cpu=True)) is None
+    (finished / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="not an empty folder"):
+        find_checkpoint(TrainingArguments(str(finished), use_cpu=True))
+    with pytest.raises(UserError, match="a model but no checkpoint"):
+        find_checkpoint(TrainingArguments(str(finished), resume_from_checkpoint="True", use_cpu=True))
+    other = tmp_path / "other" / "checkpoint-3"
+    other.mkdir(parents=True)
+    args = TrainingArguments(str(finished), resume_from_checkpoint=str(other), use_cpu=True)
+    with pytest.raises(UserError, match=r"no checkpoint to resume from: it has no trainer_state\.json"):
+        find_checkpoint(args)
+    (other / "trainer_state.json").write_text("{}")
+    with pytest.raises(UserError, match="not an empty folder"):
+        find_checkpoint(args)
+
+
+BAD_ARGUMENTS = {
+    "missing file": (["--train_file", "missing.txt"], "no such file: missing.txt"),
+    "empty corpus": (["--train_file", "{empty}"], "is empty"),
+    "tokenizer larger than the model": (
+        ["--tokenizer_name", "{checkpoint}", "--config_overrides", "vocab_size=299", "--train_file", "{rows}"],
+        "300 tokens, more than the 299",
+    ),
+    "tokenizer larger than the checkpoint": (
+        ["--model_name_or_path", "{checkpoint}", "--tokenizer_name", "{large}", "--train_file", "{rows}"],
+        "310 tokens, more than the 300",
+    ),
+    "no tokenizer": (["--tokenizer_name", "{empty}", "--train_file", "{rows}"], "cannot load a tokenizer"),
+    "another architecture": (
+        ["--model_name_or_path", "{gpt2}", "--train_file", "{rows}"],
+        "'gpt2' checkpoint; expected alibi_gpt",
+    ),
+    "truncated weights": (
+        ["--model_name_or_path", "{truncated}", "--train_file", "{rows}"],
+        "cannot load the weights",
+    ),
+    "another shape": (
+        ["--model_name_or_path", "{checkpoint}", "--config_overrides", "hidden_size=64", "--train_file", "{rows}"],
+        "hidden_size is 96 in .*, and stays so",
+    ),
+    "unknown architecture": (["--model_type", "alibi", "--train_file", "{rows}"], "alibi"),
+    "unknown field": (["--config_overrides", "width=64", "--train_file", "{rows}"], "has no field 'width'"),
+    "field of another type": (["--config_overrides", "hidden_size=x", "--train_file", "{rows}"], "hidden_size"),
+    "heads that do not divide": (
+        ["--config_overrides", "hidden_size=64,num_attention_heads=7", "--train_file", "{rows}"],
+        "64 does not divide into 7 heads",
+    ),
+    "unknown argument": (["--trainfile", "x.txt"], "--trainfile"),
+    "two sources": (["--train_file", "x.txt", "--dataset_name", "y"], "not both"),
+    "validation alone": (["--validation_file", "x.txt"], "needs --train_file"),
+    "streaming the default": (["--streaming"], "needs --dataset_name or --train_file"),
+    "endless streaming": (["--train_file", "{rows}", "--streaming"], "needs --max_steps"),
+    "impossible training argument": (["--warmup_steps", "-1"], "warmup_steps >= 0"),
+    "unknown attention": (["--attn_implementation", "slow", "--train_file", "{rows}", *TINY], "slow"),
+    "unknown reporter": (["--report_to", "paper", "--train_file", "{rows}", *TINY], "paper is not supported"),
+    "block too short": (["--train_file", "{rows}", *TINY, "--block_size", "1"], "at least 3"),
+}
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, checkpoint: Path, rows: str) -> dict[str, str]:
+    """The files and folders that the bad arguments name."""
+    folders = {name: tmp_path / name for name in ("empty", "gpt2", "large", "truncated")}
+    folders["empty"] = tmp_path / "empty.txt"
+    folders["empty"].touch()
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=8, n_layer=1, n_head=1)).save_pretrained(folders["gpt2"])
+    train_tokenizer([Path(__file__).read_text()], 310).save_pretrained(folders["large"])
+    shutil.copytree(checkpoint, folders["truncated"])
+    weights = folders["truncated"] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return {name: str(path) for name, path in folders.items()} | {"checkpoint": str(checkpoint), "rows": rows}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS.keys())
+def test_bad_arguments(
+    main: Callable[[list[str]], None], inputs: dict[str, str], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    output = tmp_path / "run"
+    arguments = [argument.format(**inputs) for argument in arguments]
+    with pytest.raises(UserError, match=message) as refusal:
+        main(["--output_dir", str(output), "--use_cpu", *arguments])
+    assert len(str(refusal.value)) < 500
+    assert not output.exists()
+
+
+def test_error_of_the_script_is_one_line(tmp_path: Path) -> None:
+    arguments = ["--output_dir", str(tmp_path / "run"), "--train_file", str(tmp_path / "missing.txt")]
+    finished = subprocess.run(command(*arguments), env=environment(tmp_path), capture_output=True, text=True)
+    assert finished.returncode == 2
+    assert finished.stderr == f"error: no such file: {tmp_path / 'missing.txt'}\n"
+    assert not (tmp_path / "run").exists()
