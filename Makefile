@@ -1,0 +1,23 @@
+# The commands of CONTRIBUTING.md by name; `make help` lists them.
+
+.PHONY: help check test slow gpu demo bench docs
+
+help:                                         ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
+check:                                        ## style and types
+	source scripts/environment.sh dev && ruff check && ruff format --check && mypy
+test:                                         ## what CI runs
+	bash scripts/test.sh
+slow:                                         ## tests that take minutes
+	bash scripts/test.sh -m slow
+gpu:                                          ## tests that need CUDA
+	bash scripts/test.sh -m gpu
+demo:                                         ## train short, test long, in six minutes
+	bash scripts/demo.sh
+bench:                                        ## one attention call beside PyTorch's, two minutes
+	source scripts/environment.sh train && OMP_WAIT_POLICY=passive hf_alibi benchmark attention \
+		--backends sdpa --lengths 1024 4096 --max_dense_length 1 --measure_memory False
+docs:                                         ## draws the pictures of the docs again
+	source scripts/environment.sh train && python docs/images/draw.py
+
+SHELL := bash
