@@ -87,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokens_per_forward=arguments.tokens_per_forward,
             progress=True,
         )
-        curves.append(Curve(label, getattr(model.config, "max_position_embeddings", None), results))
+        longest = getattr(model.config, "max_position_embeddings", None)  # what other models were trained at
+        curves.append(Curve(label, getattr(model.config, "training_length", longest), results))
     windows = "non-overlapping windows" if arguments.stride is None else f"windows {arguments.stride} tokens apart"
     print(table(curves))
     print(f"perplexity per token (bits per byte), the same target tokens at every length, {windows}")

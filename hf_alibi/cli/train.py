@@ -175,7 +175,7 @@ def new_model(
         tokenizer = train_tokenizer(documents, arguments.vocab_size)
     values = {
         "vocab_size": len(tokenizer),
-        "max_position_embeddings": block_size,
+        "training_length": block_size,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

@@ -33,7 +33,7 @@ CONFIG_FACTS = {
     "norm_type": "Norm",
     "qk_norm": "QK-norm",
     "vocab_size": "Vocabulary",
-    "max_position_embeddings": "Training length (tokens)",
+    "training_length": "Training length (tokens)",
     "alibi_scaling": "Scaling of the slopes",
 }
 
@@ -102,7 +102,7 @@ def model_card(
     Raises `UserError` if a file cannot be read, or the evaluation has no name for its text or is of another model.
     """
     arguments = arguments or CardArguments()
-    results = read_evaluation(arguments, Path(folder).resolve().name, model.config.max_position_embeddings)
+    results = read_evaluation(arguments, Path(folder).resolve().name, model.config.training_length)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -128,7 +128,7 @@ def model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n")
 
 
-def read_evaluation(arguments: CardArguments, label: str, training_length: int) -> list[Result]:
+def read_evaluation(arguments: CardArguments, label: str, training_length: int | None) -> list[Result]:
     """The results of this model, one for each length, from the file that `hf_alibi evaluate` wrote; [] if none."""
     path = arguments.evaluation
     if path is None:
@@ -178,7 +178,7 @@ def summary(model: AlibiGPTForCausalLM) -> str:
         f"A decoder-only language model of {model.num_parameters():,} parameters. It has no position embeddings: each "
         f"attention head subtracts a {kind} multiple of the distance from its scores "
         '([Press, Smith and Lewis, "Train Short, Test Long"](https://arxiv.org/abs/2108.12409)), so that it can read '
-        f"texts longer than the {model.config.max_position_embeddings:,} tokens it was trained at."
+        f"texts longer than the {model.config.training_length:,} tokens it was trained at."
     )
 
 

@@ -3,11 +3,25 @@
 import math
 from typing import Any, Literal
 
+import torch
 from huggingface_hub.dataclasses import strict, validated_field
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 from .alibi import alibi_slopes
+from .unknown_fields import warn_of_unknown_fields
+
+DEFAULT_TRAINING_LENGTH = 512
+
+LONGEST_TEXT = 2**24
+"""Tokens that a text may have. Up to here float32 holds every distance between two tokens exactly."""
+
+SLOPE_RANGE = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max / LONGEST_TEXT)
+"""Least and largest slope in nats per token.
+
+Below, float32 loses digits, and devices that flush small numbers make it zero. Above, the penalty of a distance that
+a text may have overflows.
+"""
 
 POSITIVE_FIELDS = (
     "vocab_size",
@@ -17,7 +31,7 @@ POSITIVE_FIELDS = (
     "num_key_value_heads",
     "head_dim",
     "intermediate_size",
-    "max_position_embeddings",
+    "training_length",
     "alibi_max_bias",
     "norm_eps",
 )
@@ -34,6 +48,18 @@ def _check_scaling(scaling: dict[str, Any] | None) -> None:
             "alibi_scaling must be None, {'type': 'linear', 'factor': a finite number of at least 1} or "
             f"{{'type': 'dynamic'}}, which takes no factor; got {scaling}."
         )
+
+
+def _one_training_length(training_length: int | None, first_name: int | None) -> int | None:
+    """Returns the training length that was given under its name or under its first name, `max_position_embeddings`."""
+    if first_name is None:
+        return training_length
+    if training_length not in (None, first_name):
+        raise ValueError(
+            f"training_length is {training_length}, but max_position_embeddings, its first name, is {first_name}; "
+            "give training_length alone."
+        )
+    return first_name
 
 
 @strict
@@ -54,14 +80,15 @@ class AlibiGPTConfig(PreTrainedConfig):
         head_dim: Width of a head; `None` for `hidden_size / num_attention_heads`.
         intermediate_size: Width of the feed-forward layer; `None` for four times `hidden_size`.
         hidden_act: Activation of the feed-forward layer, a name known to Transformers.
-        max_position_embeddings: Number of tokens in a training sequence. A record, never a limit; beyond it a
-            dynamic `alibi_scaling` sets in.
+        training_length: Number of tokens in a training sequence; `None` for 512. A record, never a limit; beyond it
+            a dynamic `alibi_scaling` sets in. Its first name, `max_position_embeddings`, is still understood where
+            a config is made or loaded.
         alibi_max_bias: Steepness of the slopes; see `alibi_slopes`.
         alibi_slopes: One positive slope for each query head; `None` for the paper's.
         alibi_slopes_trainable: Whether the slopes are learned, starting from these, by all layers together.
         alibi_scaling: Position interpolation (arXiv 2310.13017); `None` for none. `{"type": "linear", "factor": f}`
-            divides every slope by f, at least 1. `{"type": "dynamic"}` divides them by n / `max_position_embeddings`
-            in a forward pass whose longest text has n tokens, cached ones included, if that is above 1. Cached keys
+            divides every slope by f, at least 1. `{"type": "dynamic"}` divides them by n / `training_length` in a
+            forward pass whose longest text has n tokens, cached ones included, if that is above 1. Cached keys
             and values hold no slopes and stay valid: each pass applies its own slopes to all of them. But what a
             token became in an earlier pass, it became with the slopes of that pass; so with dynamic scaling,
             beyond the training length, reading a text in pieces differs from reading it at once.
@@ -85,6 +112,9 @@ class AlibiGPTConfig(PreTrainedConfig):
 
     Raises:
         ValueError, StrictDataclassError: For values that no model can have; the message states them.
+
+    Warns:
+        UserWarning: For fields that this model does not have, with the nearest that it has; they change nothing.
     """
 
     model_type = "alibi_gpt"
@@ -114,7 +144,7 @@ class AlibiGPTConfig(PreTrainedConfig):
     head_dim: int | None = None
     intermediate_size: int | None = None
     hidden_act: str = "relu2"
-    max_position_embeddings: int = 512
+    training_length: int | None = None
     alibi_max_bias: int | float = 8.0
     alibi_slopes: list[int | float] | tuple[int | float, ...] | None = None
     alibi_slopes_trainable: bool = False
@@ -136,7 +166,10 @@ class AlibiGPTConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
-    def __post_init__(self, **kwargs: object) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
+        length = _one_training_length(self.training_length, kwargs.pop("max_position_embeddings", None))
+        self.training_length = DEFAULT_TRAINING_LENGTH if length is None else length
+        warn_of_unknown_fields(self, kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
@@ -149,6 +182,34 @@ class AlibiGPTConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Makes a config of a dictionary, with `kwargs` in place of its fields, as `from_pretrained` does.
+
+        Raises:
+            ValueError: If `kwargs` have two different training lengths, one under its first name.
+        """
+        first_name = kwargs.pop("max_position_embeddings", None)
+        if first_name is not None:
+            kwargs["training_length"] = _one_training_length(kwargs.get("training_length"), first_name)
+        return super().from_dict(config_dict, **kwargs)
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """How many tokens the model may read: `LONGEST_TEXT`, whatever it was trained at.
+
+        Evaluation harnesses, embedding libraries and servers look here for the length at which they must cut a text.
+        Without position embeddings there is no such length. The answer is where arithmetic ends: up to 2^24 tokens,
+        float32 holds every distance exactly. It is a number that every tool can compute with; some would fail on
+        infinity, on -1 or on `None`. `training_length` says what the model was trained at.
+        """
+        return LONGEST_TEXT
+
+    @max_position_embeddings.setter
+    def max_position_embeddings(self, training_length: int) -> None:
+        """Sets `training_length`, which had this name in the first releases."""
+        self.training_length = training_length
 
     @property
     def slopes(self) -> list[float]:
@@ -174,8 +235,8 @@ class AlibiGPTConfig(PreTrainedConfig):
             ValueError: If not; it states the values.
         """
         for name in POSITIVE_FIELDS:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act {self.hidden_act!r} is not one of {', '.join(ACT2FN)}.")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -188,13 +249,27 @@ class AlibiGPTConfig(PreTrainedConfig):
                 f"alibi_slopes has {len(self.alibi_slopes)} values for {self.num_attention_heads} heads; "
                 "give one for each query head."
             )
-        if not all(0 < slope < float("inf") for slope in self.alibi_slopes or []):
-            raise ValueError(f"alibi_slopes must be positive and finite, got {self.alibi_slopes}.")
+        self._check_slopes()
         if self.norm_bias and self.norm_type == "rmsnorm":
             raise ValueError("norm_bias=True needs norm_type='layernorm': RMSNorm has no bias.")
         for name in ("hidden_dropout", "attention_dropout", "window_tolerance"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
+
+    def _check_slopes(self) -> None:
+        """Refuses slopes that float32 cannot hold, before `alibi_scaling` or after."""
+        if self.alibi_slopes is None:
+            origin = f"alibi_max_bias={self.alibi_max_bias} and {self.num_attention_heads} heads give slopes"
+            slopes = alibi_slopes(self.num_attention_heads, self.alibi_max_bias)
+        else:
+            origin, slopes = "alibi_slopes are", [float(slope) for slope in self.alibi_slopes]
+        least, largest = SLOPE_RANGE
+        if not all(least * self.slope_divisor <= slope <= largest for slope in slopes):
+            divided = f", to be divided by {self.slope_divisor}" if self.slope_divisor != 1 else ""
+            raise ValueError(
+                f"{origin} from {min(slopes)} to {max(slopes)}{divided}; slopes must be positive and finite, and "
+                f"float32 can work with {least:.2g} to {largest:.2g}."
+            )
 
 
 __all__ = ["AlibiGPTConfig"]

@@ -1,4 +1,4 @@
-"""What `generate` does otherwise for AlibiGPT: no limit of length, long prompts in chunks, and the windowed cache."""
+"""What `generate` does otherwise for AlibiGPT: it reads long prompts in chunks, and takes the windowed cache."""
 
 import copy
 from typing import Any
@@ -8,8 +8,6 @@ from transformers.generation import (
     ContinuousBatchingConfig,
     GenerationConfig,
     GenerationMixin,
-    MaxLengthCriteria,
-    StoppingCriteriaList,
 )
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.utils import WorkloadHints
@@ -72,24 +70,6 @@ class AlibiGenerationMixin(GenerationMixin):
         if mask is not None and mask.dim() == 2:
             return (mask.long().cumsum(-1) - 1).clamp(min=0)
         return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-
-    # `generate` takes max_position_embeddings for a limit: it would cut its default length there, and warn beyond.
-
-    def _prepare_generated_length(  # type: ignore[override]
-        self, generation_config: Any, has_default_max_length: bool, **kwargs: Any
-    ) -> Any:
-        if has_default_max_length and generation_config.max_new_tokens is None:
-            generation_config.max_new_tokens = generation_config.max_length
-        return super()._prepare_generated_length(  # type: ignore[misc]  # it asks for a protocol of Transformers' own
-            generation_config, has_default_max_length, **kwargs
-        )
-
-    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
-        criteria = super()._get_stopping_criteria(*args, **kwargs)  # type: ignore[misc]
-        for criterion in criteria:
-            if isinstance(criterion, MaxLengthCriteria):
-                criterion.max_position_embeddings = None
-        return criteria
 
 
 def _sees_newest_keys(attention_mask: Tensor | None) -> bool:

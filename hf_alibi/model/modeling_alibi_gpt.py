@@ -16,15 +16,10 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.continuous_batching import PagedAttentionCache
-from transformers.modeling_layers import (
-    GenericForQuestionAnswering,
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-    GradientCheckpointingLayer,
-)
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.auto import AutoModel
+from transformers.models.auto import modeling_auto
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -36,6 +31,7 @@ from .cache_names import CACHE_NAME, only_cache
 from .configuration_alibi_gpt import AlibiGPTConfig
 from .flash import HOW_TO_GET_FLASH_ATTENTION
 from .generation import AlibiGenerationMixin
+from .heads import QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead
 from .layout import TokenLayout, token_layout
 from .paged import PagedCache, paged_layout
 from .windows import WindowGuarantee, qk_norm_guarantee
@@ -165,6 +161,19 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
         "AutoModelForTokenClassification": "modeling_alibi_gpt.AlibiGPTForTokenClassification",
     }
 
+    _table_of_names: str | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Makes the name of a class known where Transformers asks by name what a model does.
+
+        Tables of names decide whether Trainer shifts labels for label smoothing, whether a pipeline accepts a model,
+        and what the server takes it for. Registering with an Auto class does not enter a name there. Subclasses are
+        entered too, also those that FSDP makes.
+        """
+        super().__init_subclass__(**kwargs)
+        if cls._table_of_names is not None:
+            getattr(modeling_auto, cls._table_of_names, {})[cls.__name__] = cls.__name__
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Saves the model with its code, so that it also loads where this package is not installed.
 
@@ -284,7 +293,7 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         else:
             layout = token_layout(slopes, inputs_embeds, attention_mask, position_ids, past_key_values)
         if self.config.slopes_depend_on_length:
-            slopes = interpolated_slopes(layout.slopes, self.config.max_position_embeddings, layout.text_length())
+            slopes = interpolated_slopes(layout.slopes, self.config.training_length, layout.text_length())
             layout = layout._replace(slopes=slopes)
         hidden_states = self.dropout(self.embedding_norm(inputs_embeds))
         for layer in self.layers[: self.config.num_hidden_layers]:  # a draft model that exits early has lowered it
@@ -341,6 +350,7 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, AlibiGenerationMixin):
     """The language model: the decoder and an output layer over the vocabulary."""
 
     _auto_class = "AutoModelForCausalLM"
+    _table_of_names = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # annotated too narrowly
@@ -348,6 +358,7 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, AlibiGenerationMixin):
 
     def __init__(self, config: AlibiGPTConfig) -> None:
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # whatever a subclass is called
         self.model = AlibiGPTModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -401,31 +412,33 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, AlibiGenerationMixin):
         )
 
 
-class AlibiGPTHead(AlibiGPTPreTrainedModel):
-    """A model with one of Transformers' generic heads, which build their decoder through `AutoModel`."""
+class AlibiGPTWithHead(AlibiGPTPreTrainedModel):
+    """A model that has its decoder in `model`, as those of `heads.py` expect."""
 
     def __init__(self, config: AlibiGPTConfig) -> None:
         super().__init__(config)
-        # A config loaded with the code of a folder has a class of its own, which AutoModel does not know yet.
-        AutoModel.register(type(config), AlibiGPTModel, exist_ok=True)
+        self.model = AlibiGPTModel(config)
 
 
-class AlibiGPTForSequenceClassification(GenericForSequenceClassification, AlibiGPTHead):
+class AlibiGPTForSequenceClassification(SequenceClassificationHead, AlibiGPTWithHead):
     """The decoder and a linear layer that classifies a text from its last token."""
 
     _auto_class = "AutoModelForSequenceClassification"
+    _table_of_names = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
 
 
-class AlibiGPTForTokenClassification(GenericForTokenClassification, AlibiGPTHead):
+class AlibiGPTForTokenClassification(TokenClassificationHead, AlibiGPTWithHead):
     """The decoder and a linear layer that classifies every token."""
 
     _auto_class = "AutoModelForTokenClassification"
+    _table_of_names = "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"
 
 
-class AlibiGPTForQuestionAnswering(GenericForQuestionAnswering, AlibiGPTHead):
+class AlibiGPTForQuestionAnswering(QuestionAnsweringHead, AlibiGPTWithHead):
     """The decoder and a linear layer that scores every token as start and end of the answer."""
 
     _auto_class = "AutoModelForQuestionAnswering"
+    _table_of_names = "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"
 
 
 __all__ = [

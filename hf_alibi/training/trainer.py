@@ -5,7 +5,7 @@ With `hf_alibi.training.data`, a model is trained in a few lines::
     corpus = standard_library_corpus()
     tokenizer = train_tokenizer(corpus["train"]["text"], vocab_size=4096)
     blocks = pack(corpus, tokenizer, block_size=256)
-    model = AlibiGPTForCausalLM(AlibiGPTConfig(vocab_size=len(tokenizer), max_position_embeddings=256))
+    model = AlibiGPTForCausalLM(AlibiGPTConfig(vocab_size=len(tokenizer), training_length=256))
     metrics = train(model, tokenizer, blocks, TrainingArguments("runs/first", max_steps=500))
     print(metrics["eval_perplexity"])
 

@@ -47,7 +47,7 @@ def text_file(tmp_path: Path) -> str:
 @pytest.fixture(scope="module")
 def sinusoidal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = SinusoidalGPTConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16
+        vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, training_length=16
     )
     return save_checkpoint(tmp_path_factory.mktemp("checkpoints") / "sinusoidal", config)
 
@@ -77,7 +77,7 @@ def test_table_json_and_plot(
         input_ids = encode_stream(tokenizer, [TEXT], 151)
         expected = perplexity_by_length(model, input_ids, [16, 64], stride, tokenizer=tokenizer)
         assert entry["label"] == folder.name
-        assert entry["training_length"] == model.config.max_position_embeddings
+        assert entry["training_length"] == model.config.training_length
         for row, found, result in zip(rows, entry["results"], expected, strict=True):
             assert row.split()[0] == str(result.length)
             assert row.split()[1 + 2 * column] == f"{result.perplexity:.2f}"

@@ -38,7 +38,7 @@ from hf_alibi.training.data import collate_blocks
 
 SHAPE: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
-    "alibi": lambda: AlibiGPTConfig(**SHAPE, max_position_embeddings=16),
+    "alibi": lambda: AlibiGPTConfig(**SHAPE, training_length=16),
     "llama": lambda: LlamaConfig(**SHAPE, intermediate_size=48),
     "gpt2": lambda: GPT2Config(**SHAPE, n_positions=64, bos_token_id=0, eos_token_id=0),
     "bloom": lambda: BloomConfig(**SHAPE),

@@ -37,7 +37,7 @@ def new_model(seed: int) -> AlibiGPTForCausalLM:
     """A model of 1.7 MB."""
     torch.manual_seed(seed)
     special = {"bos_token_id": tiny_tokenizer().bos_token_id, "eos_token_id": tiny_tokenizer().eos_token_id}
-    shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32}
+    shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "training_length": 32}
     config = AlibiGPTConfig(vocab_size=VOCAB_SIZE, initializer_range=0.2, **shape, **special)
     return AlibiGPTForCausalLM(config).eval()
 

@@ -35,7 +35,7 @@ def read(card: ModelCard) -> ModelCard:
 
 
 def test_without_anything_known_it_says_so(make_model: ModelFactory, tmp_path: Path) -> None:
-    model = make_model(max_position_embeddings=64)
+    model = make_model(training_length=64)
     card = read(model_card(model, "me/books", tmp_path))
     assert card.data.to_dict() == {
         "library_name": "transformers",
@@ -81,7 +81,7 @@ def test_what_is_damaged_is_refused(make_model: ModelFactory, tmp_path: Path) ->
 def test_the_evaluation_is_a_table_a_picture_and_a_model_index(make_model: ModelFactory, tmp_path: Path) -> None:
     results = [result(64, 64, 20.0), result(256, 64, 18.5)]
     arguments = write_evaluation(tmp_path / "v1.2.json", Curve("books", 64, results), Curve("rival", 64, results[:1]))
-    card = read(model_card(make_model(max_position_embeddings=64), "me/model", tmp_path / "books", arguments))
+    card = read(model_card(make_model(training_length=64), "me/model", tmp_path / "books", arguments))
     assert "On some/text, in windows that begin 64 tokens apart and score their last 64 targets." in card.text
     assert "| 64 | 20.00 | 2.000 | 1,000 |\n| 256 | 18.50 | 1.850 | 1,000 |" in card.text
     assert f"]({PLOT_NAME})" in card.text

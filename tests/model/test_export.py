@@ -26,7 +26,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "grouped": {"num_key_value_heads": 2},
     "trainable": {"alibi_slopes_trainable": True},
     "no-qk-norm": {"qk_norm": False},
-    "dynamic-scaling": {"alibi_scaling": {"type": "dynamic"}, "max_position_embeddings": 32},
+    "dynamic-scaling": {"alibi_scaling": {"type": "dynamic"}, "training_length": 32},
 }
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 

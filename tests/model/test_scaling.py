@@ -36,7 +36,7 @@ def left_padding(batch: int = 2, length: int = LENGTH) -> Tensor:
 
 
 def scaled_model(make_model: ModelFactory, scaling: dict[str, Any], **kwargs: Any) -> AlibiGPTForCausalLM:
-    return make_model(max_position_embeddings=TRAINING_LENGTH, alibi_scaling=scaling, **kwargs)
+    return make_model(training_length=TRAINING_LENGTH, alibi_scaling=scaling, **kwargs)
 
 
 def model_with_divided_slopes(make_model: ModelFactory, divisor: float, **kwargs: Any) -> AlibiGPTForCausalLM:
@@ -228,7 +228,7 @@ def test_a_scaling_without_a_meaning_is_refused(scaling: Any) -> None:
 @each_scaling
 def test_sinusoidal_positions_have_nothing_to_scale(scaling: dict[str, Any]) -> None:
     shape: dict[str, Any] = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 6}
-    model = SinusoidalGPTForCausalLM(SinusoidalGPTConfig(max_position_embeddings=TRAINING_LENGTH, **shape)).eval()
+    model = SinusoidalGPTForCausalLM(SinusoidalGPTConfig(training_length=TRAINING_LENGTH, **shape)).eval()
     expected = model(tokens()).logits
     model.config.alibi_scaling = scaling
     assert torch.equal(model(tokens()).logits, expected)

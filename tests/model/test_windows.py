@@ -156,7 +156,7 @@ def test_no_promise_without_a_bound(values: dict, make_model: ModelFactory) -> N
 
 @pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 5}, {"type": "dynamic"}], ids=["linear", "dynamic"])
 def test_windows_are_as_wide_as_scaled_slopes_need(make_model: ModelFactory, scaling: dict) -> None:
-    model = make_model(hidden_size=48, max_position_embeddings=360, alibi_scaling=scaling)
+    model = make_model(hidden_size=48, training_length=360, alibi_scaling=scaling)
     input_ids = torch.randint(3, 97, (1, 1800))
     with torch.no_grad():
         windowed = model(input_ids).logits

@@ -96,7 +96,7 @@ def test_script_trains_on_the_standard_library(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(output)
     tokenizer = AutoTokenizer.from_pretrained(output)
     assert isinstance(model, AlibiGPTForCausalLM)
-    assert (model.config.max_position_embeddings, model.config.use_cache) == (16, True)
+    assert (model.config.training_length, model.config.use_cache) == (16, True)
     assert model.config.vocab_size == len(tokenizer) == 300
 
 

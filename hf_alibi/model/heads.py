@@ -1,0 +1,311 @@
+"""Heads that classify a text or its tokens, or find the answer to a question in it.
+
+Parameters, arguments and outputs are those of Transformers' generic heads. Identical to those except:
+
+- A text is classified from the last token that the attention mask shows. Without a mask, the padding token decides.
+- Losses take Trainer's `num_items_in_batch`, for every `problem_type`. So accumulating gradients over small batches,
+  or over processes, gives the loss and the gradients of one large batch.
+- Rows that hold several documents are refused where a row has one label.
+
+Each class is mixed into a model that has its decoder in `model`.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import (
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.utils import can_return_tuple
+
+from .cache_names import CACHE_NAME, only_cache
+
+IGNORED_LABEL = -100
+
+
+class SequenceClassificationHead:
+    """A linear layer that classifies a text from its last token."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.num_labels = config.num_labels
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.loss_type = "ForSequenceClassification"  # whatever a subclass is called
+        self.loss_function = sequence_classification_loss
+        self.post_init()  # type: ignore[attr-defined]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Scores the classes of every text; further arguments as in the decoder.
+
+        Args:
+            attention_mask: `[batch, tokens]`, 0 for padding on any side. Without it, tokens that are `pad_token_id`
+                are taken for padding; with `inputs_embeds`, none are.
+            labels: `[batch]` classes, `[batch, num_labels]` zeros and ones, or numbers to predict, as the config's
+                `problem_type` says.
+
+        Returns:
+            The logits `[batch, num_labels]` and, with `labels`, the mean loss.
+
+        Raises:
+            ValueError: If a row has no last token or more than one: with several documents in it, with a mask of four
+                dimensions, or in a batch where nothing tells the padding.
+        """
+        past_key_values = only_cache(past_key_values, cache)
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        outputs = self.model(  # type: ignore[attr-defined]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if attention_mask is None:
+            is_text = _not_padding(input_ids, hidden_states, self.config.pad_token_id)  # type: ignore[attr-defined]
+        else:
+            is_text = _shown(attention_mask, past, hidden_states)
+        _refuse_packed_rows(is_text, attention_mask, position_ids, **kwargs)
+        rows = torch.arange(is_text.shape[0], device=hidden_states.device)
+        logits = self.score(hidden_states[rows, last_positions(is_text)])
+        loss = None
+        if labels is not None:
+            config = self.config  # type: ignore[attr-defined]
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=config, **kwargs)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
+        )
+
+
+class TokenClassificationHead:
+    """A linear layer that classifies every token."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.num_labels = config.num_labels
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.loss_type = "ForTokenClassification"
+        self.post_init()  # type: ignore[attr-defined]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """Scores the classes of every token; further arguments as in the decoder.
+
+        Args:
+            labels: `[batch, queries]`, classes; -100 is not scored.
+
+        Returns:
+            The logits `[batch, queries, num_labels]` and, with `labels`, the mean loss per scored token.
+        """
+        outputs = self.model(  # type: ignore[attr-defined]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=only_cache(past_key_values, cache),
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            config = self.config  # type: ignore[attr-defined]
+            loss = self.loss_function(logits=logits, labels=labels, config=config, **kwargs)  # type: ignore[attr-defined]
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class QuestionAnsweringHead:
+    """A linear layer that scores every token as start and end of the answer."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.loss_type = "ForQuestionAnswering"
+        self.post_init()  # type: ignore[attr-defined]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> QuestionAnsweringModelOutput:
+        """Scores where the answer is; further arguments as in the decoder.
+
+        Args:
+            start_positions: `[batch]`, the answer's first token; one outside the text is not scored.
+            end_positions: `[batch]`, its last token.
+
+        Returns:
+            The logits of start and end, each `[batch, queries]`, and with positions the mean of their losses.
+        """
+        outputs = self.model(  # type: ignore[attr-defined]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=only_cache(past_key_values, cache),
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).float().unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(  # type: ignore[attr-defined]
+                start_logits, end_logits, start_positions, end_positions, **kwargs
+            )
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def sequence_classification_loss(
+    labels: Tensor, pooled_logits: Tensor, config: Any, num_items_in_batch: Tensor | int | None = None, **kwargs: Any
+) -> Tensor:
+    """Returns the mean loss of the classes of texts, or this batch's share of it.
+
+    Without a `problem_type` in the config, the labels tell it, and it is set there, as Transformers does.
+
+    Args:
+        labels: As in `SequenceClassificationHead.forward`. A class of -100 is not scored.
+        pooled_logits: `[batch, num_labels]`.
+        config: The model's, with `problem_type` and `num_labels`.
+        num_items_in_batch: How many labels other than -100 all batches have that make one step, as Trainer counts
+            them; `None` for this batch alone.
+
+    Raises:
+        ValueError: If the shape of `labels` does not fit the problem.
+    """
+    if config.problem_type is None:
+        is_class = not labels.is_floating_point()
+        many = "single_label_classification" if is_class else "multi_label_classification"
+        config.problem_type = "regression" if config.num_labels == 1 else many
+    logits, labels = pooled_logits.float(), labels.to(pooled_logits.device)
+    counted = (labels != IGNORED_LABEL).sum()
+    _require_shape(labels, logits.shape[0], config)
+    total = counted if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=logits.device)
+    if config.problem_type == "single_label_classification":
+        return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum") / total
+    targets = labels.float().view_as(logits)
+    mean = F.mse_loss if config.problem_type == "regression" else F.binary_cross_entropy_with_logits
+    # Trainer leaves labels of -100 out of its count, though a number to predict may well be -100.
+    share = 1 if num_items_in_batch is None else counted / total
+    return mean(logits, targets) * share
+
+
+def _require_shape(labels: Tensor, batch: int, config: Any) -> None:
+    one_each = config.problem_type == "single_label_classification" or config.num_labels == 1
+    shapes = [(batch,), (batch, 1)] if one_each else [(batch, config.num_labels)]
+    if tuple(labels.shape) not in shapes:
+        raise ValueError(
+            f"labels have the shape {tuple(labels.shape)}; {config.problem_type} of {batch} texts with "
+            f"num_labels={config.num_labels} needs {shapes[0]}."
+        )
+
+
+def last_positions(is_text: Tensor) -> Tensor:
+    """Returns where the last true value of each row is, 0 in a row without one: `[batch, tokens]` to `[batch]`."""
+    positions = torch.arange(is_text.shape[1], device=is_text.device)
+    return (positions * is_text).argmax(-1)
+
+
+def _shown(attention_mask: Tensor, past: int, hidden_states: Tensor) -> Tensor:
+    """Returns which tokens of this pass, after `past` cached ones, the mask shows: `[batch, tokens]`."""
+    if attention_mask.dim() != 2:
+        raise ValueError(
+            f"The attention mask has shape {tuple(attention_mask.shape)}; to tell the last token of each text it must "
+            "be [batch, tokens]."
+        )
+    batch, length = hidden_states.shape[:2]
+    shown = attention_mask.to(hidden_states.device)[:, past : past + length] != 0
+    return shown.expand(batch, -1)
+
+
+def _not_padding(input_ids: Tensor | None, hidden_states: Tensor, pad_token_id: int | None) -> Tensor:
+    """Returns which tokens are no padding where no mask says it: `[batch, tokens]`."""
+    if input_ids is None or (pad_token_id is None and input_ids.shape[0] == 1):
+        return torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
+    if pad_token_id is None:
+        raise ValueError(
+            f"Nothing says where the {input_ids.shape[0]} texts of this batch end: pass an attention_mask, or set "
+            "pad_token_id in the config."
+        )
+    return input_ids.to(hidden_states.device) != pad_token_id
+
+
+def _refuse_packed_rows(
+    is_text: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    **kwargs: Any,
+) -> None:
+    """Raises `ValueError` if a row holds several documents, which one label cannot describe."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    packed = {
+        "attention_mask": attention_mask is not None and bool((attention_mask > 1).any()),
+        "position_ids": position_ids is not None and _restarts(position_ids.to(is_text.device), is_text),
+        "cu_seq_lens_q": cu_seq_lens_q is not None and cu_seq_lens_q.numel() > 2,
+        "cu_seq_lens_k": cu_seq_lens_k is not None and cu_seq_lens_k.numel() > 2,
+        "seq_idx": seq_idx is not None and bool((seq_idx != seq_idx[..., :1]).any()),
+    }
+    if any(packed.values()):
+        names = " and ".join(name for name, is_packed in packed.items() if is_packed)
+        raise ValueError(
+            f"Several documents in a row ({names}), but a row has one label: give each document a row of its own."
+        )
+
+
+def _restarts(position_ids: Tensor, is_text: Tensor) -> bool:
+    """Whether a position does not grow from one token of a text to the next."""
+    return bool(((position_ids.diff(dim=-1) <= 0) & is_text[:, 1:] & is_text[:, :-1]).any())
