@@ -15,12 +15,14 @@ generator, and the order of the blocks follows from the seed.
 """
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
 from datasets import DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import UserError
@@ -64,6 +66,7 @@ def train(
         train_blocks = train_blocks.shuffle(seed=args.seed, buffer_size=SHUFFLE_BUFFER_SIZE)
     if not torch.accelerator.is_available():
         args.dataloader_pin_memory = False  # it is of no use then, and torch warns of it
+    smoothing = args.label_smoothing_factor
     try:
         trainer = Trainer(
             model=model,
@@ -72,6 +75,8 @@ def train(
             eval_dataset=blocks.get("validation"),
             data_collator=collate_blocks,
             processing_class=tokenizer,
+            # Left to itself, Trainer does not shift the labels of a compiled model.
+            compute_loss_func=partial(LabelSmoother(smoothing), shift_labels=True) if smoothing else None,
             **trainer_metrics(tokenizer),
         )
     except ValueError as error:  # arguments that exclude each other, or name what is not there
