@@ -81,7 +81,7 @@ def sdpa_attention_forward(
     layout = attention_mask
     if isinstance(key, list):
         return _windowed(query, key, layout, scaling), None
-    if _is_exported() or (_has_any_length(query, key) and not is_one_operator(query, dropout)):
+    if _is_exported() or (_has_any_length(query, key) and not is_one_operator(dropout, query, key, value)):
         layout = layout._replace(length=None)  # no graph of a loop over blocks would be for other lengths too
     slopes = local_slopes(module, layout.slopes, query)
     device = query.device.type

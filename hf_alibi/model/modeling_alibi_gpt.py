@@ -7,6 +7,7 @@ and in `AlibiGPTAttention.forward` (the attention implementation that adds the b
 
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,6 +69,25 @@ def _norm(config: AlibiGPTConfig) -> nn.Module:
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
 
 
+class SealedLayout:
+    """The layout on its way to the layers, in a form that no wrapper of a layer looks into.
+
+    FSDP with mixed precision casts every tensor that a layer is given, in tuples, dataclasses and dictionaries too.
+    Slopes and masks would be rounded to 16 bits.
+    """
+
+    def __init__(self, layout: TokenLayout) -> None:
+        self.layout = layout
+
+    def to(self, device: Any, **kwargs: Any) -> "SealedLayout":
+        """Returns a copy on another device; accelerate asks for it where layers are on several."""
+        fields = self.layout._asdict().items()
+        moved: dict[str, Any] = {
+            name: value.to(device, **kwargs) for name, value in fields if isinstance(value, Tensor)
+        }
+        return SealedLayout(self.layout._replace(**moved | {"shared": {}}))
+
+
 class AlibiGPTAttention(nn.Module):
     """Causal self-attention with ALiBi, grouped key-value heads and optional QK-norm."""
 
@@ -90,7 +110,7 @@ class AlibiGPTAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: TokenLayout,
+        attention_mask: SealedLayout,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -109,7 +129,7 @@ class AlibiGPTAttention(nn.Module):
             query,
             key,
             value,
-            attention_mask,
+            attention_mask.layout,
             scaling=self.scaling,
             dropout=self.config.attention_dropout if self.training else 0.0,
             **kwargs,
@@ -153,7 +173,7 @@ class AlibiGPTDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: TokenLayout,
+        attention_mask: SealedLayout,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -184,6 +204,12 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
         "AutoModelForSequenceClassification": "modeling_alibi_gpt.AlibiGPTForSequenceClassification",
         "AutoModelForTokenClassification": "modeling_alibi_gpt.AlibiGPTForTokenClassification",
     }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights. Trained slopes, the first of all parameters, may have a higher one."""
+        weights = (weight for name, weight in self.named_parameters() if not name.endswith("bias_log_slopes"))
+        return next(weight.dtype for weight in weights if weight.is_floating_point())
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Saves the model with its code, so that it also loads where this package is not installed.
@@ -225,7 +251,7 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
             weight: Any = module.weight
             init.normal_(weight, std=self.config.initializer_range / math.sqrt(additions))
         elif isinstance(module, AlibiGPTModel) and self.config.alibi_slopes_trainable:
-            init.copy_(module.bias_log_slopes, torch.tensor(self.config.slopes).log())
+            init.copy_(module.bias_log_slopes, torch.tensor(self.config.slopes, dtype=torch.float64).log())
 
 
 class AlibiGPTModel(AlibiGPTPreTrainedModel):
@@ -242,7 +268,9 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         self.norm = _norm(config)
         if config.alibi_slopes_trainable:
             # Logarithms keep slopes positive; "bias" in the name keeps weight decay away.
-            self.bias_log_slopes = nn.Parameter(torch.empty(config.num_attention_heads))
+            # The default dtype is of 16 bits while such a model is made.
+            dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+            self.bias_log_slopes = nn.Parameter(torch.empty(config.num_attention_heads, dtype=dtype))
             self._keep_in_fp32_modules_strict = {"bias_log_slopes"}
         self.gradient_checkpointing = False
         self.post_init()
@@ -278,12 +306,18 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             The hidden states `[batch, queries, hidden_size]` after the last norm, and the cache.
 
         Raises:
-            ValueError: If both or none of `input_ids` and `inputs_embeds` are given, or the mask does
-                not fit.
+            ValueError: If both or none of `input_ids` and `inputs_embeds` are given, the mask or the cache does not
+                fit, or a cache is given where gradient checkpointing would write to it twice.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         past_key_values = only_cache(past_key_values, cache)
+        if past_key_values is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "Gradient checkpointing runs each layer again in the backward pass, and would add its tokens to the "
+                "cache twice. Leave the cache out, or call model.gradient_checkpointing_disable(), model.eval(), or "
+                "the model under torch.no_grad()."
+            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
@@ -301,11 +335,30 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         if self.config.slopes_depend_on_length:
             slopes = interpolated_slopes(layout.slopes, self.config.max_position_embeddings, layout.text_length())
             layout = layout._replace(slopes=slopes)
-        hidden_states = self.dropout(self.embedding_norm(inputs_embeds))
+        hidden_states, sealed = self.dropout(self.embedding_norm(inputs_embeds)), SealedLayout(layout)
         for layer in self.layers[: self.config.num_hidden_layers]:  # a draft model that exits early has lowered it
-            hidden_states = layer(hidden_states, attention_mask=layout, past_key_values=past_key_values, **kwargs)
+            # By position: Transformers takes away a cache with a name from layers with gradient checkpointing, some
+            # versions even where no gradient is computed.
+            hidden_states = layer(hidden_states, sealed, past_key_values, **kwargs)
         outputs: dict[str, Any] = {"last_hidden_state": self.norm(hidden_states), CACHE_NAME: past_key_values}
         return BaseModelOutputWithPast(**outputs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves and casts the model, but leaves trained slopes in float32 where the weights get 16 bits.
+
+        `to`, `half`, `bfloat16` and their like all come here.
+        """
+        slopes = getattr(self, "bias_log_slopes", None)
+        if slopes is None:
+            return super()._apply(fn, recurse)
+        exact = [slopes] if slopes.grad is None else [slopes, slopes.grad]
+
+        def keeping_slopes(states: Tensor) -> Tensor:
+            changed = fn(states)
+            is_exact = any(states is other for other in exact)
+            return states.to(changed.device) if is_exact and changed.dtype.itemsize < 4 else changed
+
+        return super()._apply(keeping_slopes, recurse)
 
     def slopes(self, like: Tensor) -> Tensor:
         """Returns the slopes `[heads]`, learned or not, linearly scaled: on the device of `like`, in its precision.
@@ -314,6 +367,12 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         """
         dtype = torch.promote_types(like.dtype, torch.float32)
         if self.config.alibi_slopes_trainable:
+            if self.bias_log_slopes.dtype.itemsize < 4:
+                raise ValueError(
+                    f"The trained slopes have arrived in {self.bias_log_slopes.dtype}, which rounds them by up to 2%. "
+                    "Mixed precision that casts parameters (of FSDP and DeepSpeed) does so: keep parameters in "
+                    "float32 (no param_dtype) and compute in 16 bits under torch.autocast."
+                )
             slopes = self.bias_log_slopes.to(dtype).exp()
         else:
             slopes = torch.tensor(self.config.slopes, dtype=dtype, device=like.device)

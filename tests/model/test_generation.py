@@ -108,6 +108,21 @@ def test_assisted_by_its_first_layer(model: AlibiGPTForCausalLM) -> None:
     assert calls[0] > calls[1]
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["", "reentrant"])
+@pytest.mark.parametrize("how", [None, "dynamic", "static"], ids=["windowed", "dynamic", "static"])
+def test_a_model_in_training_with_gradient_checkpointing(
+    model: AlibiGPTForCausalLM, how: str | None, use_reentrant: bool
+) -> None:
+    """As where samples are drawn between two training steps; padding on the left included."""
+    mask = torch.ones(2, 60, dtype=torch.long)
+    mask[1, :20] = 0
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": NEW, "cache_implementation": how}
+    expected = model.generate(prompt(60, 2), do_sample=False, **options)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert torch.equal(model.generate(prompt(60, 2), do_sample=False, **options), expected)
+
+
 @pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 4}], ids=str)
 def test_beam_search(model: AlibiGPTForCausalLM, how: dict[str, Any]) -> None:
     input_ids = prompt(batch=2)
