@@ -315,8 +315,8 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         if past_key_values is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             raise ValueError(
                 "Gradient checkpointing runs each layer again in the backward pass, and would add its tokens to the "
-                "cache twice. Leave the cache out, or call model.gradient_checkpointing_disable(), model.eval(), or "
-                "the model under torch.no_grad()."
+                "cache twice. Leave the cache out, switch checkpointing off, call model.eval(), or run the model under "
+                "torch.no_grad()."
             )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)

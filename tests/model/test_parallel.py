@@ -67,7 +67,7 @@ for implementation in ("sdpa", "eager"):
     model = sharded(policy)
     model.set_attn_implementation(implementation)
     assert model.model.windowed_cache() is None and model.model.window_guarantees() is None
-    mask = torch.where(torch.ones(1300, 1300).tril() > 0, 0.2, torch.finfo(torch.float32).min)[None, None]
+    mask = torch.where(torch.ones(1300, 1300).tril() > 0, 0.25, torch.finfo(torch.float32).min)[None, None]
     for name, inputs in {"plain": {}, "masked": {"attention_mask": mask}}.items():
         if model.config.alibi_slopes_trainable:
             try:
@@ -134,7 +134,7 @@ def test_two_shards_compute_what_one_process_does(make_model: ModelFactory, tmp_
     make_model(hidden_size=48, alibi_slopes_trainable=trainable).save_pretrained(tmp_path / "model")
     sharded = in_two_processes(SHARDED, tmp_path)
     input_ids = torch.arange(1300)[None] % 97
-    mask = torch.where(torch.ones(1300, 1300).tril() > 0, 0.2, torch.finfo(torch.float32).min)[None, None]
+    mask = torch.where(torch.ones(1300, 1300).tril() > 0, 0.25, torch.finfo(torch.float32).min)[None, None]
     for implementation in ("sdpa", "eager"):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
         model.set_attn_implementation(implementation)
