@@ -13,6 +13,12 @@ torch.set_num_threads(1)  # tests are many tiny operations, which more threads o
 ModelFactory = Callable[..., AlibiGPTForCausalLM]
 
 
+def checkpoint_activations(model: AlibiGPTForCausalLM, use_reentrant: bool = False) -> None:
+    """Switches gradient checkpointing on, under its name since Transformers 5.24 or the one before."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+
+
 @pytest.fixture
 def make_model() -> ModelFactory:
     """A factory of models of two layers in evaluation mode; keyword arguments go to the config.

@@ -258,7 +258,9 @@ def windows(model: AlibiGPTForCausalLM) -> str:
             "Without QK-norm a window follows from the norms of the queries and keys at hand: keys are skipped where "
             f"at most {model.config.window_tolerance:.3g} of the attention could be missing."
         )
-    return "With a dynamic scaling of the slopes the windows grow with the text."
+    if model.config.slopes_depend_on_length:
+        return "With a dynamic scaling of the slopes the windows grow with the text."
+    return "An adapter or a hook on the norms of queries and keys leaves windows to the queries and keys at hand."
 
 
 def limits(results: list[Result]) -> str:

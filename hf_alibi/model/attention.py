@@ -25,7 +25,7 @@ from .flash import alibi_flash_attention
 from .flex import alibi_flex_attention
 from .layout import TokenLayout
 from .tiles import FEW_KEYS
-from .windows import head_windows, norm_bounds, qk_norm_bound
+from .windows import head_windows, norm_bounds
 
 QUERY_BLOCK = 512  # queries that get a stored bias at a time; fewer are not worth looking at norms for windows
 
@@ -81,7 +81,7 @@ def sdpa_attention_forward(
     layout = attention_mask
     if isinstance(key, list):
         return _windowed(query, key, layout, scaling), None
-    if _is_exported() or (_has_any_length(query, key) and not is_one_operator(query, dropout)):
+    if _is_exported() or (_has_any_length(query, key) and not is_one_operator(dropout, query, key, value)):
         layout = layout._replace(length=None)  # no graph of a loop over blocks would be for other lengths too
     slopes = local_slopes(module, layout.slopes, query)
     device = query.device.type
@@ -89,7 +89,7 @@ def sdpa_attention_forward(
     windows = None
     in_tiles = any(runs is not None for runs in (layout.length, layout.segments, layout.requests))
     if device == "cpu" and in_tiles:  # where tiles can leave out keys
-        windows = lossless_windows(module, query, key, slopes, scaling)
+        windows = lossless_windows(module.config.window_tolerance, query, key, slopes, scaling)
     # Autocast would round the bias to the low precision of the queries.
     with torch.autocast(device, enabled=False):
         if layout.length is not None:
@@ -127,7 +127,7 @@ def flex_attention_forward(
     windows = None
     # A few queries are not worth waiting for the windows, and a compiled graph cannot wait for them.
     if not torch.compiler.is_compiling() and query.shape[2] >= QUERY_BLOCK:
-        windows = lossless_windows(module, query, key, slopes, scaling)
+        windows = lossless_windows(module.config.window_tolerance, query, key, slopes, scaling)
     with torch.autocast(query.device.type, enabled=False):
         output = alibi_flex_attention(query, key, value, slopes, scaling, attention_mask, windows)
     return output.transpose(1, 2).contiguous(), None
@@ -173,20 +173,16 @@ def _prepared(query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout) ->
     return query, key, value
 
 
-def lossless_windows(module: Any, query: Tensor, key: Tensor, slopes: Tensor, scaling: float) -> Tensor | None:
+def lossless_windows(tolerance: float, query: Tensor, key: Tensor, slopes: Tensor, scaling: float) -> Tensor | None:
     """Returns how far back each query head needs to look, `[heads]`, or `None` if looking at everything is as fast.
 
-    With QK-norm the windows follow from the module's weights, if these are not offloaded just now; otherwise from the
-    norms at hand, which are worth their cost for many queries only.
+    The windows follow from the norms of the queries and keys at hand, never from weights: an adapter, a hook, a shard
+    or the weights that a cached key was made with cannot make them too narrow. Few queries are not worth that cost.
     """
-    tolerance, any_length = module.config.window_tolerance, _has_any_length(query, key)
-    if not tolerance or (not any_length and key.shape[2] <= FEW_KEYS):
+    is_worth_it = _has_any_length(query, key) or (key.shape[2] > FEW_KEYS and query.shape[2] >= QUERY_BLOCK)
+    if not tolerance or not is_worth_it:
         return None
-    if module.config.qk_norm and not module.q_norm.weight.is_meta:
-        return head_windows(slopes, qk_norm_bound(module.q_norm.weight, module.k_norm.weight), tolerance)
-    if any_length or query.shape[2] >= QUERY_BLOCK:
-        return head_windows(slopes, norm_bounds(query, key, scaling), tolerance)
-    return None
+    return head_windows(slopes, norm_bounds(query, key, scaling), tolerance)
 
 
 def _segmented(

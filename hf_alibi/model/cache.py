@@ -303,15 +303,16 @@ class WindowedLayer(CacheLayerMixin):
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the number of tokens to remove, negative, got {tokens_to_remove}.")
         length = max(0, self.length + tokens_to_remove)
+        if length == 0:
+            self.reset()
+            return
         if not all(ring.can_take_back(length) for ring in self.rings):
             raise RuntimeError(
                 f"Cannot take back {-tokens_to_remove} tokens: keys that have left a head's window since are gone. "
                 "Call activate_past_recording() before they are added, or use a DynamicCache."
             )
         self.length, self.recorded = length, 0
-        if length == 0:
-            self.reset()
-        elif self._should_divide():
+        if self._should_divide():
             self._divide(*self.rings[0].read(0, length))
         elif not self._are_together() and self.spare > SPARE:
             self._resize(SPARE, length)
@@ -366,9 +367,17 @@ class WindowedCache(Cache):
         windows: How far back each query head of each layer looks, see `AlibiGPTModel.windowed_cache`.
         slopes: `[heads]`, the slopes of the query heads.
         offloading: Whether keys and values wait on the CPU while other layers are at work.
+        made_for: What the windows follow from, for the model to see whether it is still so; `None`: it trusts them.
     """
 
     max_cache_len = -1  # no limit; PEFT asks every cache of `generate` but Transformers' own dynamic one for it
 
-    def __init__(self, windows: Sequence[Sequence[int]], slopes: Tensor, offloading: bool = False) -> None:
+    def __init__(
+        self,
+        windows: Sequence[Sequence[int]],
+        slopes: Tensor,
+        offloading: bool = False,
+        made_for: Tensor | None = None,
+    ) -> None:
         super().__init__(layers=[WindowedLayer(of_layer, slopes) for of_layer in windows], offloading=offloading)
+        self.made_for = made_for

@@ -6,18 +6,27 @@ tile by tile (`tiles.py`) needs none of that, forward or backward.
 On the CPU the tiles are one operator, which autograd and compilers take as a whole: gradients are summed in place,
 where autograd would hold a padded copy of all keys' gradients for every tile, and a compiled model is compiled once
 for all lengths.
+
+The operator has a first derivative in reverse mode, and no other. Under forward-mode AD (`torch.func.jvp`, `jacfwd`,
+`torch.autograd.forward_ad`) and under any transform of `torch.func` (`grad`, `vmap`, `jacrev`, `hessian`, nested as
+well) the tiles go through PyTorch's formula for attention instead, which is exact and has every derivative. Only a
+second backward pass (`create_graph=True`), which nothing announces, raises an error.
 """
 
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .alibi import causal_line
 from .tiles import FULL_SPEED, Tile, in_pieces, joined, key_tiles, query_tiles
 
+_TRANSFORMS_ARE_ACTIVE = torch._C._are_functorch_transforms_active  # what autograd.Function asks
 NAMESPACE = re.sub(r"\W", "_", __name__)  # the copy of this file that comes with a model has operators of its own
 
 
@@ -44,7 +53,7 @@ def causal_attention(
     Returns:
         `[batch, heads, queries, head_dim]`.
     """
-    if is_one_operator(query, dropout):
+    if is_one_operator(dropout, query, key, value, slopes):
         dtype, head_dim = query.dtype, query.shape[3]
         if slopes.requires_grad or dtype == torch.float16:  # in which the kernels are slower, many times in backward
             query, key, value = (states.to(slopes.dtype) for states in (query, key, value))
@@ -61,9 +70,17 @@ def causal_attention(
     return torch.cat(outputs, dim=2)
 
 
-def is_one_operator(query: Tensor, dropout: float) -> bool:
-    """Whether `causal_attention` is a single operator for these queries, rather than a loop of kernels."""
-    return query.device.type == "cpu" and not dropout
+def is_one_operator(dropout: float, query: Tensor, *others: Tensor) -> bool:
+    """Whether `causal_attention` is a single operator for these tensors, rather than a loop of kernels."""
+    return query.device.type == "cpu" and not dropout and not is_transformed(query, *others)
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether a transform of `torch.func` or forward-mode AD asks more of these tensors than backward does."""
+    if _TRANSFORMS_ARE_ACTIVE():
+        return True
+    # A compiled graph is traced anew under forward-mode AD, and PyTorch refuses what it cannot differentiate.
+    return not torch.compiler.is_compiling() and any(unpack_dual(states).tangent is not None for states in tensors)
 
 
 def attention_in_runs(
@@ -98,15 +115,23 @@ def kernel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: flo
     if query.device.type != "cpu":
         # Only the CPU's kernels read a bias of overlapping strides and of another dtype than the queries'.
         bias = bias.to(query.dtype, copy=True, memory_format=torch.contiguous_format)
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=bias.expand(query.shape[0], -1, -1, -1),
-        dropout_p=dropout,
-        scale=scaling,
-        enable_gqa=True if query.shape[1] != key.shape[1] else False,  # noqa: SIM210  decides on symbols, which bool leaves
-    )
+    dtype = query.dtype
+    if is_transformed(query, key, value, bias):
+        query, key, value = (states.to(bias.dtype) for states in (query, key, value))
+        backend: Any = sdpa_kernel(SDPBackend.MATH)
+    else:
+        backend = nullcontext()
+    with backend:
+        output = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=bias.expand(query.shape[0], -1, -1, -1),
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=True if query.shape[1] != key.shape[1] else False,  # noqa: SIM210  decides on symbols, which bool leaves
+        )
+    return output.to(dtype)
 
 
 def _with_slope_column(
@@ -233,4 +258,12 @@ def _backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, 
     return *grads, None, None, None
 
 
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "sdpa has no second derivative on the CPU; to differentiate twice, use torch.func.grad, or call "
+        "model.set_attn_implementation('eager')."
+    )
+
+
 attention_in_tiles.register_autograd(_backward, setup_context=_save_for_backward)
+attention_in_tiles_backward.register_autograd(_no_second_derivative)

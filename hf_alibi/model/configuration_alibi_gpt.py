@@ -1,7 +1,7 @@
 """The configuration of an AlibiGPT model: its shape, and the choices that change what it computes."""
 
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict, validated_field
@@ -10,6 +10,12 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .alibi import alibi_slopes
 from .unknown_fields import warn_of_unknown_fields
+from .windows import WindowGuarantee, qk_norm_guarantee
+
+if TYPE_CHECKING:
+    Size = int | Any  # a number, once the config is made: `__post_init__` replaces None
+else:
+    Size = int | None
 
 DEFAULT_TRAINING_LENGTH = 512
 
@@ -22,7 +28,6 @@ SLOPE_RANGE = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max /
 Below, float32 loses digits, and devices that flush small numbers make it zero. Above, the penalty of a distance that
 a text may have overflows.
 """
-
 POSITIVE_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -42,8 +47,9 @@ def _check_scaling(scaling: dict[str, Any] | None) -> None:
     if scaling is None or scaling == {"type": "dynamic"}:
         return
     factor = scaling.get("factor")
-    is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
-    if scaling != {"type": "linear", "factor": factor} or not is_number or not 1 <= factor < math.inf:
+    is_flag = isinstance(factor, bool)
+    is_factor = isinstance(factor, int | float) and not is_flag and 1 <= factor < math.inf
+    if scaling != {"type": "linear", "factor": factor} or not is_factor:
         raise ValueError(
             "alibi_scaling must be None, {'type': 'linear', 'factor': a finite number of at least 1} or "
             f"{{'type': 'dynamic'}}, which takes no factor; got {scaling}."
@@ -140,11 +146,11 @@ class AlibiGPTConfig(PreTrainedConfig):
     hidden_size: int = 1024
     num_hidden_layers: int = 16
     num_attention_heads: int = 8
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    intermediate_size: int | None = None
+    num_key_value_heads: Size = None
+    head_dim: Size = None
+    intermediate_size: Size = None
     hidden_act: str = "relu2"
-    training_length: int | None = None
+    training_length: Size = None
     alibi_max_bias: int | float = 8.0
     alibi_slopes: list[int | float] | tuple[int | float, ...] | None = None
     alibi_slopes_trainable: bool = False
@@ -227,6 +233,24 @@ class AlibiGPTConfig(PreTrainedConfig):
     def slopes_depend_on_length(self) -> bool:
         """Whether `alibi_scaling` is dynamic."""
         return self.alibi_scaling == {"type": "dynamic"}
+
+    @property
+    def windows_follow_from_weights(self) -> bool:
+        """Whether the windows of a layer are known before any data, given the gains of its QK-norm."""
+        return self.qk_norm and self.window_tolerance > 0 and not self.slopes_depend_on_length
+
+    def window_guarantee(self) -> WindowGuarantee | None:
+        """Returns the head windows of every layer of a new model, in which QK-norm has gains of 1.
+
+        `AlibiGPTModel.window_guarantees` returns those of the layers of a trained model. Both return `None` where
+        there is no guarantee before any data: without QK-norm, where windows follow from the queries and keys at hand;
+        with a dynamic `alibi_scaling`, where they grow with the text; with `window_tolerance=0`, where there are none.
+        """
+        if not self.windows_follow_from_weights:
+            return None
+        gain = torch.ones(self.head_dim)
+        slopes = [slope / self.slope_divisor for slope in self.slopes]
+        return qk_norm_guarantee(slopes, gain, gain, self.window_tolerance)
 
     def validate_architecture(self) -> None:
         """Checks that some model can have this shape.

@@ -7,6 +7,7 @@ and in `AlibiGPTAttention.forward` (the attention implementation that adds the b
 
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,10 +46,42 @@ class AlibiGPTRMSNorm(nn.RMSNorm):
         return F.rms_norm(hidden_states, self.normalized_shape, self.weight.to(hidden_states.dtype), self.eps)
 
 
+def _known_gain(norm: nn.Module, size: int) -> Tensor | None:
+    """Returns the gain `[size]` of a norm if it alone decides how large the output is, otherwise `None`.
+
+    Hooks, a wrapper, a forward method that was replaced, and a subclass (which parametrizations and sharding make too)
+    may do anything. A weight that is sharded, empty or offloaded is not the one that runs.
+    """
+    if type(norm) is not AlibiGPTRMSNorm or "forward" in vars(norm) or norm._forward_hooks or norm._forward_pre_hooks:
+        return None
+    gain: Any = getattr(norm, "weight", None)
+    is_whole = type(gain) in (nn.Parameter, Tensor) and not gain.is_meta and gain.shape == (size,)
+    return gain if is_whole and gain.untyped_storage().nbytes() > 0 else None
+
+
 def _norm(config: AlibiGPTConfig) -> nn.Module:
     if config.norm_type == "rmsnorm":
         return AlibiGPTRMSNorm(config.hidden_size, eps=config.norm_eps)
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+
+
+class SealedLayout:
+    """The layout on its way to the layers, in a form that no wrapper of a layer looks into.
+
+    FSDP with mixed precision casts every tensor that a layer is given, in tuples, dataclasses and dictionaries too.
+    Slopes and masks would be rounded to 16 bits.
+    """
+
+    def __init__(self, layout: TokenLayout) -> None:
+        self.layout = layout
+
+    def to(self, device: Any, **kwargs: Any) -> "SealedLayout":
+        """Returns a copy on another device; accelerate asks for it where layers are on several."""
+        fields = self.layout._asdict().items()
+        moved: dict[str, Any] = {
+            name: value.to(device, **kwargs) for name, value in fields if isinstance(value, Tensor)
+        }
+        return SealedLayout(self.layout._replace(**moved | {"shared": {}}))
 
 
 class AlibiGPTAttention(nn.Module):
@@ -73,7 +106,7 @@ class AlibiGPTAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: TokenLayout,
+        attention_mask: SealedLayout,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -92,12 +125,19 @@ class AlibiGPTAttention(nn.Module):
             query,
             key,
             value,
-            attention_mask,
+            attention_mask.layout,
             scaling=self.scaling,
             dropout=self.config.attention_dropout if self.training else 0.0,
             **kwargs,
         )
         return self.o_proj(output.reshape(*input_shape, -1)), weights
+
+    def known_gains(self) -> tuple[Tensor, Tensor] | None:
+        """Returns the gains `[head_dim]` of queries and keys if they alone bound every score, otherwise `None`."""
+        if type(self) is not AlibiGPTAttention or "forward" in vars(self):
+            return None
+        query_gain, key_gain = (_known_gain(norm, self.head_dim) for norm in (self.q_norm, self.k_norm))
+        return None if query_gain is None or key_gain is None else (query_gain, key_gain)
 
 
 class AlibiGPTMLP(nn.Module):
@@ -129,7 +169,7 @@ class AlibiGPTDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: TokenLayout,
+        attention_mask: SealedLayout,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -174,6 +214,12 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
         if cls._table_of_names is not None:
             getattr(modeling_auto, cls._table_of_names, {})[cls.__name__] = cls.__name__
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights. Trained slopes, the first of all parameters, may have a higher one."""
+        weights = (weight for name, weight in self.named_parameters() if not name.endswith("bias_log_slopes"))
+        return next(weight.dtype for weight in weights if weight.is_floating_point())
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Saves the model with its code, so that it also loads where this package is not installed.
 
@@ -211,9 +257,10 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
         if getattr(module, "adds_to_residual", False):
             # Each layer adds to the residual stream twice; the sum of all keeps the variance of one.
             additions = 2 * self.config.num_hidden_layers
-            init.normal_(module.weight, std=self.config.initializer_range / math.sqrt(additions))
+            weight: Any = module.weight
+            init.normal_(weight, std=self.config.initializer_range / math.sqrt(additions))
         elif isinstance(module, AlibiGPTModel) and self.config.alibi_slopes_trainable:
-            init.copy_(module.bias_log_slopes, torch.tensor(self.config.slopes).log())
+            init.copy_(module.bias_log_slopes, torch.tensor(self.config.slopes, dtype=torch.float64).log())
 
 
 class AlibiGPTModel(AlibiGPTPreTrainedModel):
@@ -230,7 +277,9 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         self.norm = _norm(config)
         if config.alibi_slopes_trainable:
             # Logarithms keep slopes positive; "bias" in the name keeps weight decay away.
-            self.bias_log_slopes = nn.Parameter(torch.empty(config.num_attention_heads))
+            # The default dtype is of 16 bits while such a model is made.
+            dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+            self.bias_log_slopes = nn.Parameter(torch.empty(config.num_attention_heads, dtype=dtype))
             self._keep_in_fp32_modules_strict = {"bias_log_slopes"}
         self.gradient_checkpointing = False
         self.post_init()
@@ -266,28 +315,28 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             The hidden states `[batch, queries, hidden_size]` after the last norm, and the cache.
 
         Raises:
-            ValueError: If both or none of `input_ids` and `inputs_embeds` are given, or the mask does
-                not fit.
+            ValueError: If both or none of `input_ids` and `inputs_embeds` are given, the mask or the cache does not
+                fit, or a cache is given where gradient checkpointing would write to it twice.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         past_key_values = only_cache(past_key_values, cache)
+        if past_key_values is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "Gradient checkpointing runs each layer again in the backward pass, and would add its tokens to the "
+                "cache twice. Leave the cache out, switch checkpointing off, call model.eval(), or run the model "
+                "under torch.no_grad()."
+            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        if isinstance(past_key_values, WindowedCache) and self.config._attn_implementation != "sdpa":
-            raise ValueError(
-                f"Only sdpa reads a WindowedCache, not {self.config._attn_implementation}; pass a DynamicCache."
-            )
-        if isinstance(past_key_values, WindowedCache) and torch.compiler.is_exporting():
-            raise ValueError(
-                "An exported program would hold the WindowedCache at the length that it has now; pass a DynamicCache, "
-                "or cache_implementation='dynamic' in the generation config."
-            )
+        if isinstance(past_key_values, WindowedCache):
+            self._check_windowed_cache(past_key_values)
         slopes = self.slopes(inputs_embeds)
         if isinstance(past_key_values, PagedAttentionCache):
+            assert position_ids is not None  # continuous batching always gives them
             layout = paged_layout(slopes, attention_mask, position_ids, **kwargs)
             past_key_values = PagedCache(past_key_values, kwargs)
         else:
@@ -295,10 +344,30 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         if self.config.slopes_depend_on_length:
             slopes = interpolated_slopes(layout.slopes, self.config.training_length, layout.text_length())
             layout = layout._replace(slopes=slopes)
-        hidden_states = self.dropout(self.embedding_norm(inputs_embeds))
+        hidden_states, sealed = self.dropout(self.embedding_norm(inputs_embeds)), SealedLayout(layout)
         for layer in self.layers[: self.config.num_hidden_layers]:  # a draft model that exits early has lowered it
-            hidden_states = layer(hidden_states, attention_mask=layout, past_key_values=past_key_values, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: past_key_values})
+            # By position: Transformers takes away a cache with a name from layers with gradient checkpointing, some
+            # versions even where no gradient is computed.
+            hidden_states = layer(hidden_states, sealed, past_key_values, **kwargs)
+        outputs: dict[str, Any] = {"last_hidden_state": self.norm(hidden_states), CACHE_NAME: past_key_values}
+        return BaseModelOutputWithPast(**outputs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves and casts the model, but leaves trained slopes in float32 where the weights get 16 bits.
+
+        `to`, `half`, `bfloat16` and their like all come here.
+        """
+        slopes = getattr(self, "bias_log_slopes", None)
+        if slopes is None:
+            return super()._apply(fn, recurse)
+        exact = [slopes] if slopes.grad is None else [slopes, slopes.grad]
+
+        def keeping_slopes(states: Tensor) -> Tensor:
+            changed = fn(states)
+            is_exact = any(states is other for other in exact)
+            return states.to(changed.device) if is_exact and changed.dtype.itemsize < 4 else changed
+
+        return super()._apply(keeping_slopes, recurse)
 
     def slopes(self, like: Tensor) -> Tensor:
         """Returns the slopes `[heads]`, learned or not, linearly scaled: on the device of `like`, in its precision.
@@ -307,24 +376,39 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         """
         dtype = torch.promote_types(like.dtype, torch.float32)
         if self.config.alibi_slopes_trainable:
+            if self.bias_log_slopes.dtype.itemsize < 4:
+                raise ValueError(
+                    f"The trained slopes have arrived in {self.bias_log_slopes.dtype}, which rounds them by up to 2%. "
+                    "Mixed precision that casts parameters (of FSDP and DeepSpeed) does so: keep parameters in "
+                    "float32 (no param_dtype) and compute in 16 bits under torch.autocast."
+                )
             slopes = self.bias_log_slopes.to(dtype).exp()
         else:
             slopes = torch.tensor(self.config.slopes, dtype=dtype, device=like.device)
         return slopes / self.config.slope_divisor
 
+    def _known_gains(self) -> list[tuple[Tensor, Tensor]] | None:
+        """Returns the gains of queries and keys of each layer, or `None` if those of any layer are not known."""
+        # Another pipeline stage has these layers without attention.
+        attentions: list[Any] = [
+            getattr(layer, "self_attn", None) for layer in self.layers[: self.config.num_hidden_layers]
+        ]
+        gains = [attention.known_gains() for attention in attentions if type(attention) is AlibiGPTAttention]
+        known = [pair for pair in gains if pair is not None]
+        return known if len(known) == len(attentions) else None
+
     def window_guarantees(self) -> list[WindowGuarantee] | None:
         """Returns the windows of each layer, from the gains of its QK-norm as they are now.
 
-        `None` stands for windows that depend on the data (without QK-norm) or on the length of the text (dynamic
-        `alibi_scaling`), and for none (`window_tolerance=0`).
+        `None` where there is no guarantee before any data, see `AlibiGPTConfig.window_guarantee`, and where other
+        things than these gains may decide how large queries and keys are: an adapter, a hook, a parametrization, or
+        a weight that is sharded or offloaded.
         """
-        config = self.config
-        if not config.qk_norm or not config.window_tolerance or config.slopes_depend_on_length:
+        gains = self._known_gains() if self.config.windows_follow_from_weights else None
+        if gains is None:
             return None
         slopes = self.slopes(self.embed_tokens.weight).tolist()
-        attentions: list[Any] = [layer.self_attn for layer in self.layers[: config.num_hidden_layers]]
-        gains = [(attention.q_norm.weight, attention.k_norm.weight) for attention in attentions]
-        return [qk_norm_guarantee(slopes, *pair, config.window_tolerance) for pair in gains]
+        return [qk_norm_guarantee(slopes, *pair, self.config.window_tolerance) for pair in gains]
 
     def windowed_cache(self, offloading: bool = False) -> WindowedCache | None:
         """Returns an empty cache in which no head holds more than its window, see `cache.py`.
@@ -333,9 +417,8 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             offloading: Whether keys and values wait on the CPU while other layers are at work.
 
         Returns:
-            The cache, or `None` where it would not be lossless or cannot be read: without QK-norm or with
-            `window_tolerance=0`, with slopes that depend on the length, with another attention than `sdpa`, and
-            with weights that are not all here.
+            The cache, or `None` where it would not be lossless or cannot be read: without `window_guarantees`, with
+            another attention than `sdpa`, and with weights that are not all here.
         """
         is_here = not any(hasattr(weight, "device_mesh") or weight.is_meta for weight in self.parameters())
         can_be_read = is_here and self.config._attn_implementation == "sdpa"
@@ -343,7 +426,38 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         if guarantees is None:
             return None
         slopes = self.slopes(self.embed_tokens.weight).detach()
-        return WindowedCache([guarantee.windows for guarantee in guarantees], slopes, offloading)
+        windows = [guarantee.windows for guarantee in guarantees]
+        return WindowedCache(windows, slopes, offloading, made_for=self._decides_windows())
+
+    def _decides_windows(self) -> Tensor | None:
+        """Returns what windows follow from, slopes and gains, in one row; `None` if not all are known."""
+        gains = self._known_gains()
+        if gains is None:
+            return None
+        slopes = self.slopes(self.embed_tokens.weight)
+        return torch.cat([slopes, *(gain.to(slopes) for pair in gains for gain in pair)]).detach()
+
+    def _check_windowed_cache(self, cache: WindowedCache) -> None:
+        """Raises `ValueError` if attention cannot read this cache, or its windows are not those of the weights."""
+        if self.config._attn_implementation != "sdpa":
+            raise ValueError(
+                f"Only sdpa reads a WindowedCache, not {self.config._attn_implementation}; pass a DynamicCache."
+            )
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                "An exported program would hold the WindowedCache at the length that it has now; pass a DynamicCache, "
+                "or cache_implementation='dynamic' in the generation config."
+            )
+        if cache.made_for is None:
+            return
+        now = self._decides_windows()
+        # A draft model that exits early uses the first layers of the cache.
+        if now is None or not torch.equal(now, cache.made_for[: len(now)].to(now)):
+            raise ValueError(
+                "This WindowedCache was made when the slopes or the norms of queries and keys were others: weights "
+                "have changed since, or an adapter, a hook or sharding has been added. Its windows may be too narrow "
+                "now; call model.windowed_cache() again, or pass a DynamicCache."
+            )
 
 
 class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, AlibiGenerationMixin):

@@ -14,7 +14,8 @@ tolerance eps the fraction stays below eps from
 on, which at eps = 2^-24, the rounding of float32, makes the window an exact rewriting for every practical
 purpose. The sum of all windows is a constant: attention costs linear time, however long the text.
 
-QK-norm gives U from the weights alone, before any data; without it, U follows from the norms at hand.
+Attention takes U from the norms of the queries and keys at hand, which holds whatever has made them. A cache that
+is to throw keys away must know U before any data: QK-norm gives it, from the weights alone.
 """
 
 import math
@@ -22,8 +23,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from .configuration_alibi_gpt import AlibiGPTConfig
 
 UNLIMITED = 2**62  # tokens: a window that every text fits in
 
@@ -65,7 +64,10 @@ def norm_bounds(query: Tensor, key: Tensor, scaling: float) -> Tensor:
         key: `[batch, key_value_heads, keys, head_dim]`.
         scaling: Factor of the scores.
     """
-    longest_query, longest_key = (states.detach().float().norm(dim=-1).amax((0, 2)) for states in (query, key))
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    longest_query, longest_key = (
+        torch.linalg.vector_norm(states.detach(), dim=-1, dtype=dtype).amax((0, 2)) for states in (query, key)
+    )
     groups = len(longest_query) // len(longest_key)
     return longest_query * longest_key.repeat_interleave(groups) * scaling * (1 + 1e-6)
 
@@ -110,27 +112,3 @@ def qk_norm_guarantee(slopes: list[float], query_gain: Tensor, key_gain: Tensor,
     bound = qk_norm_bound(query_gain, key_gain).cpu()
     windows = head_windows(torch.tensor(slopes, dtype=torch.float64), bound, tolerance)
     return WindowGuarantee(slopes, windows.tolist(), bound.item(), tolerance)
-
-
-def window_guarantee(config: AlibiGPTConfig) -> WindowGuarantee:
-    """Returns the windows that a config promises before training has moved the gains of its QK-norm.
-
-    Those of trained layers are in `AlibiGPTModel.window_guarantees()`.
-
-    Raises:
-        ValueError: If the config has no QK-norm, where windows depend on the data, or switches windows off, or
-            has slopes that depend on the length of the text.
-    """
-    if not config.qk_norm or not config.window_tolerance:
-        raise ValueError(
-            "Windows known before any data need qk_norm=True and window_tolerance above 0, "
-            f"got {config.qk_norm} and {config.window_tolerance}."
-        )
-    if config.slopes_depend_on_length:
-        raise ValueError(
-            f"With alibi_scaling={config.alibi_scaling} windows grow with the text; to know them before any data, "
-            "set {'type': 'linear', 'factor': ...} or None."
-        )
-    gain = torch.ones(config.head_dim)
-    slopes = [slope / config.slope_divisor for slope in config.slopes]
-    return qk_norm_guarantee(slopes, gain, gain, config.window_tolerance)

@@ -1,5 +1,6 @@
 """The windowed cache: it lets go of keys, and nothing else shows it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -217,6 +218,71 @@ def test_taking_back_what_is_gone_is_refused(make_model: ModelFactory) -> None:
     assert past.get_seq_length() == LENGTH
     with pytest.raises(ValueError, match="negative, got 3"):
         past.crop(3)
+
+
+@pytest.mark.parametrize("taken", [LENGTH, LENGTH + 7])
+@pytest.mark.parametrize("prompt", [20, LENGTH])
+def test_taking_back_everything_leaves_an_empty_cache(make_model: ModelFactory, prompt: int, taken: int) -> None:
+    """As with a DynamicCache, also where keys are gone; another batch size may come then."""
+    model = make_model(**SHAPES["4-heads"])
+    past, plain = windowed(model), DynamicCache(config=model.config)
+    for either in (past, plain):
+        either.crop(-3)  # nothing to take back yet
+        in_steps(model, tokens(), [prompt], either)
+        either.crop(-taken)
+        assert either.get_seq_length() == 0
+        assert either.get_mask_sizes(5, 0) == (5, 0)
+    logits = in_steps(model, tokens(), STEPS["chunks"], past)
+    with torch.no_grad():
+        assert_logits_close(logits, model(tokens(), use_cache=False).logits)
+
+
+def test_what_a_cache_says_of_itself_is_what_a_dynamic_cache_says(make_model: ModelFactory) -> None:
+    """Before the first token, in the middle, and after a reset."""
+    model = make_model(**SHAPES["4-heads"])
+    plain = DynamicCache(config=model.config)
+    past = windowed(model)
+
+    def said(either: Any) -> list[Any]:
+        return [
+            len(either),
+            either.get_seq_length(),
+            either.get_seq_length(1),
+            either.get_query_offset(),
+            either.get_mask_sizes(3, 1),
+            either.get_max_length(),
+            either.is_compileable,
+            either.is_croppable,
+            either.is_sliding,
+            either.is_linear,
+            either.is_dummy,
+            either.is_initialized,
+            either.batch_size,
+            either.is_recording_past(0),
+            [layer.is_initialized for layer in either.layers],
+        ]
+
+    sizes: dict[str, Any] = {"batch_size": 2, "num_heads": 4, "head_dim": 24, "dtype": torch.float32, "device": "cpu"}
+    steps: list[Callable[[Any], Any]] = [
+        lambda either: None,
+        lambda either: either.early_initialization(**sizes),
+        lambda either: in_steps(model, tokens(), [100, 1], either),
+        lambda either: either.crop(0),
+        lambda either: either.crop(-2),
+        lambda either: either.reorder_cache(torch.tensor([1, 0])),
+        lambda either: either.batch_repeat_interleave(3),
+        lambda either: either.batch_select_indices(torch.tensor([0, 5])),
+        lambda either: either.reset(),
+        lambda either: either.reset(),
+        lambda either: in_steps(model, tokens(), [5], either),
+    ]
+    for step in steps:
+        for either in (past, plain):
+            step(either)
+        assert said(past) == said(plain)
+    for either in (past, plain):
+        with pytest.raises(ValueError, match="negative"):
+            either.crop(3)
 
 
 def test_all_can_be_taken_back_and_reset(make_model: ModelFactory) -> None:

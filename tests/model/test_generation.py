@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ModelFactory
+from conftest import ModelFactory, checkpoint_activations
 from tiny import tiny_tokenizer
 from torch import Tensor
 from transformers import DynamicCache, QuantizedCache, TextIteratorStreamer
@@ -106,6 +106,22 @@ def test_assisted_by_its_first_layer(model: AlibiGPTForCausalLM) -> None:
     found = model.generate(prompt(), max_new_tokens=NEW, do_sample=False, assistant_early_exit=1)
     assert torch.equal(found, expected)
     assert calls[0] > calls[1]
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # earlier versions checkpoint even then
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["", "reentrant"])
+@pytest.mark.parametrize("how", [None, "dynamic", "static"], ids=["windowed", "dynamic", "static"])
+def test_a_model_in_training_with_gradient_checkpointing(
+    model: AlibiGPTForCausalLM, how: str | None, use_reentrant: bool
+) -> None:
+    """As where samples are drawn between two training steps; padding on the left included."""
+    mask = torch.ones(2, 60, dtype=torch.long)
+    mask[1, :20] = 0
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": NEW, "cache_implementation": how}
+    expected = model.generate(prompt(60, 2), do_sample=False, **options)
+    model.train()
+    checkpoint_activations(model, use_reentrant)
+    assert torch.equal(model.generate(prompt(60, 2), do_sample=False, **options), expected)
 
 
 @pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 4}], ids=str)

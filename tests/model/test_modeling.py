@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import ModelFactory
+from conftest import ModelFactory, checkpoint_activations
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
@@ -384,3 +384,28 @@ def test_what_adds_to_the_residual_stream_begins_smaller() -> None:
         for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
             assert weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
         assert layer.mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_gradient_checkpointing_and_a_cache(make_model: ModelFactory) -> None:
+    """Without gradients the cache works; with them a cache would be written twice, and is refused or left out."""
+    model = make_model().train()
+    input_ids = torch.randint(3, 97, (2, 30))
+    expected = model(input_ids, labels=input_ids)
+    weights = list(model.parameters())
+    gradients = torch.autograd.grad(expected.loss, weights)
+    checkpoint_activations(model)
+
+    past = DynamicCache(config=model.config)
+    with pytest.raises(ValueError, match="Leave the cache out"):
+        model(input_ids, past_key_values=past)
+    assert past.get_seq_length() == 0
+    with torch.no_grad():
+        parts = [model(part, past_key_values=past).logits for part in input_ids.split([20, 9, 1], 1)]
+    scale = expected.logits.abs().max().item()
+    torch.testing.assert_close(torch.cat(parts, 1), expected.logits, rtol=0, atol=1e-5 * scale)
+
+    output = model(input_ids, labels=input_ids, use_cache=True)
+    assert output.past_key_values is None
+    assert torch.equal(output.logits, expected.logits)
+    for found, exact in zip(torch.autograd.grad(output.loss, weights), gradients, strict=True):
+        torch.testing.assert_close(found, exact, rtol=0, atol=1e-5 * exact.abs().max().item())

@@ -1,4 +1,4 @@
-"""Tensor parallelism: every rank adds the slopes of its own heads, and gradients are those of all ranks."""
+"""Several processes: each computes with the slopes and windows of its own heads and whole weights."""
 
 import os
 import subprocess
@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ModelFactory
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 PROGRAM = """
 import sys
@@ -36,6 +37,73 @@ if dist.get_rank() == 0:
 dist.destroy_process_group()
 """
 
+SHARDED = """
+import sys
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import AutoModelForCausalLM
+
+import hf_alibi
+
+dist.init_process_group("gloo")
+assert dist.get_world_size() == 2
+input_ids = torch.arange(1300)[None] % 97
+
+
+def sharded(policy):
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    for layer in model.model.layers:
+        fully_shard(layer.self_attn.q_norm, mp_policy=policy)  # a norm by itself, too
+        fully_shard(layer, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
+
+
+results = {}
+policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+for implementation in ("sdpa", "eager"):
+    model = sharded(policy)
+    model.set_attn_implementation(implementation)
+    assert model.model.windowed_cache() is None and model.model.window_guarantees() is None
+    mask = torch.where(torch.ones(1300, 1300).tril() > 0, 0.25, torch.finfo(torch.float32).min)[None, None]
+    for name, inputs in {"plain": {}, "masked": {"attention_mask": mask}}.items():
+        if model.config.alibi_slopes_trainable:
+            try:
+                model(input_ids, **inputs)
+            except ValueError as error:
+                assert "under torch.autocast" in str(error), error
+            else:
+                raise AssertionError("slopes in bfloat16 are used")
+        else:
+            output = model(input_ids, labels=input_ids, use_cache=False, **inputs)
+            output.loss.backward()
+            results[f"{implementation} {name}"] = output.logits.detach()
+    model = sharded(MixedPrecisionPolicy())
+    model.set_attn_implementation(implementation)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(input_ids, labels=input_ids, use_cache=False)
+    output.loss.backward()
+    results[f"{implementation} autocast"] = output.logits.detach()
+    for name, parameter in model.named_parameters():
+        results[f"{implementation} gradient {name}"] = parameter.grad.full_tensor()
+    results[f"{implementation} generated"] = model.generate(input_ids[:, :50], max_new_tokens=5, do_sample=False)
+if dist.get_rank() == 0:
+    save_file({name: value.contiguous() for name, value in results.items()}, sys.argv[2])
+dist.destroy_process_group()
+"""
+
+
+def in_two_processes(code: str, folder: Path) -> dict[str, torch.Tensor]:
+    """Runs a program with the model in `folder / "model"`; returns what its first process saves."""
+    program, result = folder / "program.py", folder / "result.safetensors"
+    program.write_text(code)
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program), str(folder / "model")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", *command, str(result)], check=True, env=environment, timeout=300)
+    return load_file(result)
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainable", [False, True], ids=["fixed slopes", "trainable slopes"])
@@ -45,12 +113,7 @@ def test_two_ranks_compute_what_one_does(
 ) -> None:
     model = make_model(num_attention_heads=heads[0], num_key_value_heads=heads[1], alibi_slopes_trainable=trainable)
     model.save_pretrained(tmp_path / "model")
-    program, result = tmp_path / "program.py", tmp_path / "result.safetensors"
-    program.write_text(PROGRAM)
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program), str(tmp_path / "model")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", *command, str(result)], check=True, env=environment, timeout=300)
-    parallel = load_file(result)
+    parallel = in_two_processes(PROGRAM, tmp_path)
     input_ids = torch.arange(3, 63)[None]
     expected = model(input_ids).logits
     torch.testing.assert_close(parallel["logits"], expected, rtol=0, atol=1e-5 * expected.abs().max().item())
@@ -59,3 +122,35 @@ def test_two_ranks_compute_what_one_does(
     for name, parameter in model.named_parameters():
         scale = parameter.grad.abs().max().item()
         torch.testing.assert_close(parallel[name], parameter.grad, rtol=0, atol=1e-4 * scale, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainable", [False, True], ids=["fixed slopes", "trainable slopes"])
+def test_two_shards_compute_what_one_process_does(make_model: ModelFactory, tmp_path: Path, trainable: bool) -> None:
+    """FSDP2, with mixed precision to the last bit: neither slopes nor masks are rounded, and windows are wide enough.
+
+    Trained slopes that are sharded would be rounded: that is refused, and the remedy which the error names is right.
+    """
+    make_model(hidden_size=48, alibi_slopes_trainable=trainable).save_pretrained(tmp_path / "model")
+    sharded = in_two_processes(SHARDED, tmp_path)
+    input_ids = torch.arange(1300)[None] % 97
+    mask = torch.where(torch.ones(1300, 1300).tril() > 0, 0.25, torch.finfo(torch.float32).min)[None, None]
+    for implementation in ("sdpa", "eager"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        model.set_attn_implementation(implementation)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(input_ids, labels=input_ids, use_cache=False)
+        output.loss.backward()
+        assert torch.equal(sharded[f"{implementation} autocast"], output.logits)
+        for name, parameter in model.named_parameters():
+            scale = parameter.grad.abs().max().item()
+            found = sharded[f"{implementation} gradient {name}"]
+            torch.testing.assert_close(found, parameter.grad, rtol=0, atol=1e-5 * scale, msg=name)
+        generated = model.generate(input_ids[:, :50], max_new_tokens=5, do_sample=False)
+        assert torch.equal(sharded[f"{implementation} generated"], generated)
+        if not trainable:
+            low = model.bfloat16()
+            with torch.no_grad():
+                assert torch.equal(sharded[f"{implementation} plain"], low(input_ids, use_cache=False).logits)
+                masked = low(input_ids, attention_mask=mask, use_cache=False).logits
+            assert torch.equal(sharded[f"{implementation} masked"], masked)
