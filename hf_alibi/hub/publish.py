@@ -75,6 +75,7 @@ def publish(
     create_pr: bool = False,
     max_shard_size: int | str = "5GB",
     token: str | None = None,
+    commit_message: str = "Upload model",
     dry_run: bool = False,
 ) -> CommitInfo | None:
     """Publish the checkpoint in `folder` as `repo_id`, and print which files with how many bytes.
@@ -87,6 +88,7 @@ def publish(
         create_pr: Open a pull request, against `revision` or main, in place of committing.
         max_shard_size: Bytes in a file of weights at most, as a number or like "1MB".
         token: Of the Hub, with the right to write; None takes that of ``hf auth login`` or ``HF_TOKEN``.
+        commit_message: Of the one commit.
         dry_run: Only check and print; the network is not used.
 
     Returns:
@@ -117,7 +119,7 @@ def publish(
             return None
         api = HfApi(token=token)
         with hub_errors(repo_id):
-            commit = upload(api, staging, repo_id, private, revision, create_pr)
+            commit = upload(api, staging, repo_id, private, revision, create_pr, commit_message)
     reload_and_compare(api, repo_id, commit.oid, model, tokenizer)
     print(f"{repo_id} at {commit.oid} loads in a new process and gives the same logits: {commit.commit_url}")
     return commit
@@ -162,8 +164,8 @@ def upload(
     repo_id: str,
     private: bool,
     revision: str | None,
-    create_pr: bool = False,
-    commit_message: str = "Upload model",
+    create_pr: bool,
+    commit_message: str,
 ) -> CommitInfo:
     """Make a commit of the files in `staging`, in a repository and on a branch that are made where missing."""
     if not create_pr:

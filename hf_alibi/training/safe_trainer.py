@@ -118,6 +118,7 @@ class SafeTrainer(Trainer):
             str(self.hub_model_id),
             bool(self.args.hub_private_repo),
             self.args.hub_revision,
+            create_pr=False,
             commit_message=f"Training in progress, step {self.state.global_step}",
         )
         push.add_done_callback(lambda _: staging.cleanup())
@@ -131,14 +132,21 @@ class SafeTrainer(Trainer):
                 logger.warning("an upload to %s failed while training: %s", self.hub_model_id, error)
         self.pushes = running
 
-    def push_to_hub(self, *args: Any, token: str | None = None, revision: str | None = None, **kwargs: Any) -> Any:
-        """Save the model and publish it with its card, see `hf_alibi.hub.publish`.
+    def push_to_hub(  # type: ignore[override]  # what a card says, `publish` takes
+        self,
+        commit_message: str = "End of training",
+        *,
+        token: str | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | None:
+        """Save the model and publish it with its card, see `hf_alibi.hub.publish`; returns the commit.
 
         Raises:
             UserError: another argument of Trainer's own method is given, or publishing fails.
         """
-        if args or kwargs:
-            raise UserError(f"push_to_hub takes token and revision only, not {list(args) + list(kwargs)}")
+        if kwargs:
+            raise UserError(f"push_to_hub takes commit_message, token and revision only, not {', '.join(kwargs)}")
         if self.hub_model_id is None:
             self.init_hf_repo(token=token)
         self.save_model(_internal_call=True)
@@ -151,6 +159,7 @@ class SafeTrainer(Trainer):
             private=bool(self.args.hub_private_repo),
             revision=revision or self.args.hub_revision,
             token=token or self.args.hub_token,
+            commit_message=commit_message,
         )
 
     # Training

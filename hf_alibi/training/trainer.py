@@ -65,7 +65,7 @@ def train(
             another run, or the model cannot be published.
     """
     check_vocabulary(tokenizer, model.config)
-    if args.push_to_hub and not isinstance(model, AlibiGPTForCausalLM):
+    if args.push_to_hub and type(model).__name__ != AlibiGPTForCausalLM.__name__:
         raise UserError(f"push_to_hub: only AlibiGPTForCausalLM can be published, not {type(model).__name__}")
     if not torch.accelerator.is_available():
         args.dataloader_pin_memory = False  # it is of no use then, and torch warns of it
