@@ -58,6 +58,8 @@ def find_checkpoint(args: TrainingArguments, fresh_optimizer: bool = False) -> s
     if resume.lower() == "true":
         return _last_complete(output_dir, fresh_optimizer)
     if resume.lower() == "false":
+        if fresh_optimizer:
+            raise UserError("--fresh_optimizer needs --resume_from_checkpoint: a new run has a new optimizer anyway")
         _require_empty(output_dir)
         return None
     fault = damage(Path(resume)) or missing_state(Path(resume), fresh_optimizer)

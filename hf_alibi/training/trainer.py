@@ -27,7 +27,6 @@ from ..evaluation.perplexity import trainer_metrics
 from ..hub.publish import publish
 from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM
 from .data import collate_blocks
-from .resume import find_checkpoint as find_checkpoint
 from .run_record import data_digest, read_record, refuse_changes, run_arguments, run_model
 from .safe_trainer import SafeTrainer
 from .stream import EndlessStream
@@ -50,7 +49,7 @@ def train(
 
     Args:
         blocks: what `hf_alibi.training.data.pack` makes of a corpus. A split ``validation`` is optional.
-        checkpoint: folder of a checkpoint to continue from; see `find_checkpoint`.
+        checkpoint: folder of a checkpoint to continue from; see `hf_alibi.training.resume.find_checkpoint`.
         fresh_optimizer: continue from the weights of `checkpoint` with a new optimizer, at the learning rate of its
             step. The weights will not be those of a run without an interruption.
         arguments: what else made the run, by name; `checkpoint` must have been written with the same.

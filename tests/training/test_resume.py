@@ -28,6 +28,8 @@ TINY = ["--config_overrides", "hidden_size=32,num_hidden_layers=2,num_attention_
 TINY += ["--vocab_size", "300", "--block_size", "16", "--use_cpu", "--disable_tqdm", "True"]
 TINY += ["--per_device_train_batch_size", "2", "--learning_rate", "0.01"]
 RESUME = ["--resume_from_checkpoint", "True"]
+# Transformers 5.24 has renamed it.
+CHECKPOINTING = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
 
 main = train_command.main
 
@@ -87,7 +89,7 @@ RESUMABLE = {
     "streaming, accumulating": ["--streaming", "--gradient_accumulation_steps", "2"],
     "streaming in a worker": ["--streaming", "--dataloader_num_workers", "1"],
     "evaluating": ["--eval_strategy", "steps", "--eval_steps", "2", "--max_eval_samples", "4"],
-    "bfloat16, checkpointed activations": ["--bf16", "--activation_checkpointing", "True"],
+    "bfloat16, checkpointed activations": ["--bf16", f"--{CHECKPOINTING}_checkpointing", "True"],
 }
 
 
@@ -157,6 +159,27 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path: Path, rows: str) -> No
     assert not (killed / "model.safetensors").exists()
     subprocess.run([*run, "--output_dir", str(killed), *RESUME], env=environment, check=True)
     assert weights(killed) == weights(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["map-style", "streaming"])
+def test_two_processes_resume_to_the_same_weights(tmp_path: Path, few_rows: str, streaming: list[str]) -> None:
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(SCRIPT.parents[1])}
+    arguments = [*TINY, *streaming, "--train_file", few_rows, "--validation_split_percentage", "0"]
+    arguments += ["--max_steps", "6", "--save_steps", "4"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    subprocess.run([*run, *arguments, "--output_dir", str(whole)], env=environment, check=True)
+    shutil.copytree(whole / "checkpoint-4", resumed / "checkpoint-4")
+    assert (whole / "checkpoint-4" / "rng_state_1.pth").exists()
+    subprocess.run([*run, *arguments, "--output_dir", str(resumed), *RESUME], env=environment, check=True)
+    assert weights(resumed) == weights(whole)
+    with pytest.raises(UserError, match=r"processes \(1, not 2\)"):
+        main(["--output_dir", str(resumed), *arguments, *RESUME])
+    (resumed / "checkpoint-4" / "rng_state_1.pth").unlink()
+    args = TrainingArguments(str(resumed), resume_from_checkpoint=str(resumed / "checkpoint-4"), use_cpu=True)
+    with pytest.raises(UserError, match=r"no rng_state_1.pth"):
+        find_checkpoint(args)
 
 
 # Checkpoints that are torn
@@ -312,6 +335,12 @@ def test_a_fresh_optimizer_goes_on_at_the_learning_rate_of_the_step(
     largest = max((after[name] - before[name]).abs().max().item() for name in before)
     # Adam's first two steps are no larger than the learning rate, and weights of the size of 1 decay by nothing.
     assert 0 < largest < 1.5 * sum(rates.values())
+
+
+def test_a_fresh_optimizer_needs_a_checkpoint(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path / "run"), use_cpu=True)
+    with pytest.raises(UserError, match="--fresh_optimizer needs --resume_from_checkpoint"):
+        find_checkpoint(args, fresh_optimizer=True)
 
 
 def test_a_fresh_optimizer_needs_a_rate_that_follows_from_the_step(
