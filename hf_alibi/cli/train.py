@@ -6,12 +6,14 @@ Without arguments about data, the text is the source code of Python's standard l
         --config_overrides "hidden_size=192,num_hidden_layers=3,num_attention_heads=6" --vocab_size 4096
 
 A run that was stopped, by kill -9 too, ends as if it had not been: repeat its command with --resume_from_checkpoint
-True. Several processes: ``accelerate launch -m hf_alibi train ...``. The output folder gets the model, its tokenizer,
-train_results.json, eval_results.json (with the perplexity), all_results.json and trainer_state.json.
+True. What decides the weights must be as it was, or the run is refused; what is saved, measured, reported and uploaded
+may change, and --max_steps may if --lr_scheduler_type is constant. Several processes: ``accelerate launch -m hf_alibi
+train ...``. The output folder gets the model, its tokenizer, train_results.json, eval_results.json (with the
+perplexity), all_results.json and trainer_state.json.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from textwrap import shorten
 from typing import Any
 
@@ -30,7 +32,9 @@ from transformers import (
 from ..errors import UserError
 from ..hub.checkpoints import LOADING_ERRORS, load_causal_lm, parse_overrides
 from ..training.data import Corpus, load_file_corpus, load_hub_corpus, pack, standard_library_corpus, train_tokenizer
-from ..training.trainer import check_vocabulary, find_checkpoint, train
+from ..training.resume import find_checkpoint
+from ..training.run_record import refuse_changes, run_arguments
+from ..training.trainer import check_vocabulary, train
 
 
 @dataclass
@@ -63,6 +67,10 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention backend, e.g. sdpa or eager; default: the model's own choice."}
     )
+    fresh_optimizer: bool = field(
+        default=False,
+        metadata={"help": "Resume from the weights of a checkpoint alone, with a new optimizer; not bit for bit."},
+    )
 
 
 @dataclass
@@ -93,7 +101,10 @@ class DataArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line `argv` (default: the process's own) says."""
     model_args, data_args, training_args = parse_arguments(argv)
-    checkpoint = find_checkpoint(training_args)
+    arguments = asdict(model_args) | asdict(data_args)
+    checkpoint = find_checkpoint(training_args, model_args.fresh_optimizer)
+    if checkpoint:
+        refuse_changes(checkpoint, arguments=run_arguments(training_args, arguments))
     with training_args.main_process_first(desc="preparation of data and tokenizer"):
         corpus = load_corpus(data_args)
         set_seed(training_args.seed)
@@ -106,7 +117,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     for split, limit in [("train", data_args.max_train_samples), ("validation", data_args.max_eval_samples)]:
         if limit is not None and split in blocks:
             blocks[split] = blocks[split].take(limit)
-    train(model, tokenizer, blocks, training_args, checkpoint)
+    train(
+        model,
+        tokenizer,
+        blocks,
+        training_args,
+        checkpoint,
+        fresh_optimizer=model_args.fresh_optimizer,
+        arguments=arguments,
+    )
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:

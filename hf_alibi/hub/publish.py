@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from shutil import copyfile
 from tempfile import TemporaryDirectory
 from textwrap import shorten
@@ -39,6 +39,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from ..errors import UserError
 from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM
 from .checkpoints import LOADING_ERRORS, load_causal_lm, load_config
+from .files import make_tokenizer_portable
 from .model_card import PLOT_NAME, CardArguments, model_card
 
 # What an earlier upload may have left in the repository, and a load would take in place of the new weights.
@@ -74,6 +75,7 @@ def publish(
     create_pr: bool = False,
     max_shard_size: int | str = "5GB",
     token: str | None = None,
+    commit_message: str = "Upload model",
     dry_run: bool = False,
 ) -> CommitInfo | None:
     """Publish the checkpoint in `folder` as `repo_id`, and print which files with how many bytes.
@@ -86,6 +88,7 @@ def publish(
         create_pr: Open a pull request, against `revision` or main, in place of committing.
         max_shard_size: Bytes in a file of weights at most, as a number or like "1MB".
         token: Of the Hub, with the right to write; None takes that of ``hf auth login`` or ``HF_TOKEN``.
+        commit_message: Of the one commit.
         dry_run: Only check and print; the network is not used.
 
     Returns:
@@ -116,7 +119,7 @@ def publish(
             return None
         api = HfApi(token=token)
         with hub_errors(repo_id):
-            commit = upload(api, staging, repo_id, private, revision, create_pr)
+            commit = upload(api, staging, repo_id, private, revision, create_pr, commit_message)
     reload_and_compare(api, repo_id, commit.oid, model, tokenizer)
     print(f"{repo_id} at {commit.oid} loads in a new process and gives the same logits: {commit.commit_url}")
     return commit
@@ -151,31 +154,46 @@ def save(
         model.save_pretrained(folder, max_shard_size=max_shard_size)
     except ValueError as error:
         raise UserError(f"the model cannot be saved: {shorten(str(error), 300)}") from error
-    for name in ("is_local", "local_files_only"):  # how the tokenizer was loaded here is nobody else's business
-        tokenizer.init_kwargs.pop(name, None)
     tokenizer.save_pretrained(folder)
+    make_tokenizer_portable(folder)
 
 
 def upload(
-    api: HfApi, staging: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool
+    api: HfApi,
+    staging: Path,
+    repo_id: str,
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
+    commit_message: str,
 ) -> CommitInfo:
     """Make a commit of the files in `staging`, in a repository and on a branch that are made where missing."""
     if not create_pr:
         api.create_repo(repo_id, private=private or None, exist_ok=True)
-    if private and not api.repo_info(repo_id).private:
-        raise UserError(f"{repo_id} is public; make it private in its settings first, or choose another name")
+    if private:
+        require_private(api, repo_id)
     if revision is not None and not create_pr and not revision.startswith("refs/pr/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    added = [CommitOperationAdd(path.name, path) for path in sorted(staging.iterdir())]
+    paths = sorted(path for path in staging.rglob("*") if path.is_file())
+    added = [CommitOperationAdd(path.relative_to(staging).as_posix(), path) for path in paths]
     kept = {operation.path_in_repo for operation in added}
+    folders = {PurePosixPath(path).parent for path in kept}
     deleted = [
         CommitOperationDelete(path, is_folder=False)
         for path in api.list_repo_files(repo_id, revision=revision)
-        if path not in kept and "/" not in path and any(fnmatch(path, pattern) for pattern in WEIGHTS)
+        if path not in kept
+        and PurePosixPath(path).parent in folders
+        and any(fnmatch(PurePosixPath(path).name, pattern) for pattern in WEIGHTS)
     ]
     return api.create_commit(
-        repo_id, [*added, *deleted], commit_message="Upload model", revision=revision, create_pr=create_pr
+        repo_id, [*added, *deleted], commit_message=commit_message, revision=revision, create_pr=create_pr
     )
+
+
+def require_private(api: HfApi, repo_id: str) -> None:
+    """Raise `UserError` if the repository is public."""
+    if not api.repo_info(repo_id).private:
+        raise UserError(f"{repo_id} is public; make it private in its settings first, or choose another name")
 
 
 @torch.no_grad()

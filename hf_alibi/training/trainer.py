@@ -11,29 +11,27 @@ With `hf_alibi.training.data`, a model is trained in a few lines::
 
 A run that was killed continues from its last checkpoint with ``train(..., checkpoint=find_checkpoint(args))``, and
 ends with the weights that it would have had: the checkpoint holds the optimizer and the state of every random number
-generator, and the order of the blocks follows from the seed.
+generator, and the order of the blocks follows from the seed. If the data, the model or an argument that decides the
+weights is not what it was, the run is refused.
 """
 
-import logging
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import DatasetDict, IterableDataset, IterableDatasetDict
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import UserError
 from ..evaluation.perplexity import trainer_metrics
 from ..hub.publish import publish
+from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM
 from .data import collate_blocks
-
-logger = logging.getLogger(__name__)
-
-SHUFFLE_BUFFER_SIZE = 1000
-"""Blocks of a streaming dataset among which the next one is drawn; map-style datasets are shuffled as a whole."""
+from .run_record import data_digest, read_record, refuse_changes, run_arguments, run_model
+from .safe_trainer import SafeTrainer
+from .stream import EndlessStream
 
 
 def train(
@@ -42,15 +40,21 @@ def train(
     blocks: DatasetDict | IterableDatasetDict,
     args: TrainingArguments,
     checkpoint: str | None = None,
+    *,
+    fresh_optimizer: bool = False,
+    arguments: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Train `model` on ``blocks["train"]``, save it with its tokenizer, and evaluate it on ``blocks["validation"]``.
 
-    With ``args.push_to_hub``, Trainer uploads its checkpoints, and in the end `publish` the model with its
-    card, without the pickle that Trainer leaves.
+    With ``args.push_to_hub``, the model is uploaded at each checkpoint, as ``args.hub_strategy`` says, and in the end
+    published with its card. No upload holds any other file, a pickle or a token; see `SafeTrainer`.
 
     Args:
         blocks: what `hf_alibi.training.data.pack` makes of a corpus. A split ``validation`` is optional.
-        checkpoint: folder of a checkpoint to continue from; see `find_checkpoint`.
+        checkpoint: folder of a checkpoint to continue from; see `hf_alibi.training.resume.find_checkpoint`.
+        fresh_optimizer: continue from the weights of `checkpoint` with a new optimizer, at the learning rate of its
+            step. The weights will not be those of a run without an interruption.
+        arguments: what else made the run, by name; `checkpoint` must have been written with the same.
 
     Returns:
         The metrics of training (``train_loss`` in nats per token, ...) and of evaluation (``eval_loss``,
@@ -58,17 +62,27 @@ def train(
         ``train_results.json``, ``eval_results.json`` and ``all_results.json``, beside ``trainer_state.json``.
 
     Raises:
-        UserError: the tokenizer has more tokens than the model, or `Trainer` cannot work with `args`.
+        UserError: the tokenizer has more tokens than the model, `Trainer` cannot work with `args`, `checkpoint` is of
+            another run, or the model cannot be published.
     """
     check_vocabulary(tokenizer, model.config)
-    train_blocks = blocks["train"]
-    if isinstance(train_blocks, IterableDataset):
-        train_blocks = train_blocks.shuffle(seed=args.seed, buffer_size=SHUFFLE_BUFFER_SIZE)
+    if args.push_to_hub and type(model).__name__ != AlibiGPTForCausalLM.__name__:
+        raise UserError(f"push_to_hub: only AlibiGPTForCausalLM can be published, not {type(model).__name__}")
     if not torch.accelerator.is_available():
         args.dataloader_pin_memory = False  # it is of no use then, and torch warns of it
     smoothing = args.label_smoothing_factor
+    record: dict[str, Any] = {"arguments": run_arguments(args, arguments or {}), "model": run_model(model)}
+    train_blocks = blocks["train"]
+    if isinstance(train_blocks, IterableDataset):
+        train_blocks = EndlessStream(train_blocks, args.seed)
+    else:
+        record["data"] = data_digest(train_blocks)
+    if checkpoint:
+        refuse_changes(checkpoint, **record)
+        if isinstance(train_blocks, EndlessStream):
+            train_blocks.expect(read_record(checkpoint)["data"])
     try:
-        trainer = Trainer(
+        trainer = SafeTrainer(
             model=model,
             args=args,
             train_dataset=train_blocks,
@@ -77,16 +91,21 @@ def train(
             processing_class=tokenizer,
             # Left to itself, Trainer does not shift the labels of a compiled model.
             compute_loss_func=partial(LabelSmoother(smoothing), shift_labels=True) if smoothing else None,
+            record=record,
+            fresh_optimizer=fresh_optimizer,
             **trainer_metrics(tokenizer),
         )
+    except UserError:
+        raise
     except ValueError as error:  # arguments that exclude each other, or name what is not there
         raise UserError(str(error)) from error
+    if isinstance(train_blocks, EndlessStream):
+        train_blocks.blocks_per_step = trainer.get_total_train_batch_size(args)
     metrics = {"train": trainer.train(resume_from_checkpoint=checkpoint).metrics}
-    model.config.use_cache = True  # Trainer turns the KV cache off, and would save that with the model
-    trainer.save_model()
+    # Not for Trainer to push: the model is published in the end, and then compared.
+    trainer.save_model(_internal_call=True)
     trainer.save_state()
-    if trainer.is_world_process_zero():  # Trainer's own copy is a pickle, which nothing here reads
-        (Path(str(args.output_dir)) / "training_args.json").write_text(args.to_json_string())
+    model.config.use_cache = True
     if "validation" in blocks:
         metrics["eval"] = trainer.evaluate()
     for split, values in metrics.items():
@@ -108,42 +127,4 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfi
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, more than the {config.vocab_size} of the model's vocabulary"
-        )
-
-
-def find_checkpoint(args: TrainingArguments) -> str | None:
-    """The checkpoint folder that `args.resume_from_checkpoint` asks for, or None to begin at the first step.
-
-    "True" asks for the last checkpoint in `args.output_dir` that is complete: a process killed while it saves leaves
-    one without a trainer state, which is written last. There may be none yet, if it was killed earlier; then training
-    begins again.
-
-    Raises:
-        UserError: training would overwrite what another run left in `args.output_dir`, or there is no such checkpoint.
-    """
-    output_dir = Path(str(args.output_dir))
-    resume = args.resume_from_checkpoint or "False"
-    if resume.lower() == "true":
-        complete = [state.parent for state in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
-        if complete:
-            return str(max(complete, key=lambda folder: int(folder.name.rpartition("-")[2])))
-        if (output_dir / "config.json").exists():
-            raise UserError(f"{output_dir} holds a model but no checkpoint to resume from; give another --output_dir")
-        logger.warning("%s has no complete checkpoint: training begins at the first step", output_dir)
-        return None
-    if resume.lower() == "false":
-        _require_empty(output_dir)
-        return None
-    if not (Path(resume) / TRAINER_STATE_NAME).is_file():
-        raise UserError(f"{resume} is no checkpoint to resume from: it has no {TRAINER_STATE_NAME}")
-    if Path(resume).resolve().parent != output_dir.resolve():
-        _require_empty(output_dir)
-    return resume
-
-
-def _require_empty(folder: Path) -> None:
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(
-            f"{folder} is not an empty folder: give another --output_dir, or continue the run in it with "
-            "--resume_from_checkpoint True"
         )

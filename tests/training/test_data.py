@@ -15,6 +15,7 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_alibi.errors import UserError
+from hf_alibi.hub.files import make_tokenizer_portable
 from hf_alibi.training.data import (
     collate_blocks,
     load_file_corpus,
@@ -104,6 +105,31 @@ def test_saved_tokenizer_is_the_same(tokenizer: PreTrainedTokenizerBase, tmp_pat
     assert (loaded.bos_token, loaded.eos_token, loaded.pad_token) == ("<|endoftext|>", "<|endoftext|>", "<|padding|>")
     assert loaded.model_max_length > 10**9
     assert loaded.chat_template == tokenizer.chat_template
+
+
+def test_saved_tokenizer_names_a_class_that_every_version_of_transformers_has(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    def saved_class(folder: Path) -> str:
+        return json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"]
+
+    tokenizer.save_pretrained(tmp_path)
+    assert saved_class(tmp_path) == "PreTrainedTokenizerFast"
+    # One that was loaded is of Transformers' own class, which saves itself under the other name.
+    AutoTokenizer.from_pretrained(tmp_path, token="hf_secret").save_pretrained(tmp_path / "again")
+    make_tokenizer_portable(tmp_path / "again")
+    assert saved_class(tmp_path / "again") == "PreTrainedTokenizerFast"
+    assert "hf_secret" not in (tmp_path / "again" / "tokenizer_config.json").read_text()
+    assert AutoTokenizer.from_pretrained(tmp_path / "again").get_vocab() == tokenizer.get_vocab()
+
+
+def test_what_a_tokenizer_was_loaded_with_is_not_saved(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    plain = json.loads(path.read_text())
+    path.write_text(json.dumps(plain | {"token": "hf_secret", "is_local": True, "cache_dir": "/home/me"}))
+    make_tokenizer_portable(tmp_path)
+    assert json.loads(path.read_text()) == {name: plain[name] for name in plain if name != "is_local"}
 
 
 def test_conversation_is_a_document_for_each_message(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -5,10 +5,8 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +28,7 @@ from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM
 from hf_alibi.cli import train as train_command
 from hf_alibi.errors import UserError
 from hf_alibi.training.data import pack, train_tokenizer
-from hf_alibi.training.trainer import check_vocabulary, find_checkpoint, train
+from hf_alibi.training.trainer import check_vocabulary, train
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
 TINY = ["--config_overrides", "hidden_size=32,num_hidden_layers=2,num_attention_heads=4,hidden_dropout=0.1"]
@@ -100,45 +98,6 @@ def test_script_trains_on_the_standard_library(tmp_path: Path) -> None:
     assert model.config.vocab_size == len(tokenizer) == 300
 
 
-RESUMABLE = {
-    "map-style": [],
-    "streaming": ["--streaming"],
-    "isolated, accumulating": ["--isolate_documents", "--gradient_accumulation_steps", "2"],
-    "bfloat16, checkpointed activations": ["--bf16", "--activation_checkpointing", "True"],
-}
-
-
-@pytest.mark.parametrize("options", RESUMABLE.values(), ids=RESUMABLE.keys())
-def test_resumed_run_ends_with_the_same_weights(
-    main: Callable[[list[str]], None], rows: str, tmp_path: Path, options: list[str]
-) -> None:
-    arguments = [*TINY, *options, "--train_file", rows, "--max_steps", "6", "--save_steps", "4"]
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    main(["--output_dir", str(whole), *arguments])
-    shutil.copytree(whole / "checkpoint-4", resumed / "checkpoint-4")
-    assert (whole / "model.safetensors").read_bytes() != (whole / "checkpoint-4/model.safetensors").read_bytes()
-    main(["--output_dir", str(resumed), *arguments, "--resume_from_checkpoint", "True"])
-    for name in ("model.safetensors", "tokenizer.json", "config.json"):
-        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
-
-
-@pytest.mark.slow
-def test_killed_run_resumes_to_the_same_weights(tmp_path: Path, rows: str) -> None:
-    arguments = [*TINY, "--train_file", rows, "--max_steps", "100", "--save_steps", "10", "--save_total_limit", "2"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command("--output_dir", str(whole), *arguments), env=environment(tmp_path), check=True)
-    process = subprocess.Popen(command("--output_dir", str(killed), *arguments), env=environment(tmp_path))
-    while not list(killed.glob("checkpoint-*/trainer_state.json")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (killed / "model.safetensors").exists()
-    resume = ["--output_dir", str(killed), *arguments, "--resume_from_checkpoint", "True"]
-    subprocess.run(command(*resume), env=environment(tmp_path), check=True)
-    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-
-
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path, rows: str) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(SCRIPT)]
@@ -182,37 +141,6 @@ def test_vocabulary_must_fit() -> None:
     check_vocabulary(tokenizer, AlibiGPTConfig(vocab_size=258))
     with pytest.raises(UserError, match="258 tokens, more than the 257"):
         check_vocabulary(tokenizer, AlibiGPTConfig(vocab_size=257))
-
-
-def test_last_complete_checkpoint_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    args = TrainingArguments(str(tmp_path), resume_from_checkpoint="True", use_cpu=True)
-    (tmp_path / "checkpoint-9").mkdir()
-    assert find_checkpoint(args) is None
-    assert "training begins at the first step" in caplog.text
-    for step in (8, 10, 100):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    for step in (8, 10):
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    assert find_checkpoint(args) == str(tmp_path / "checkpoint-10")
-
-
-def test_output_of_another_run_is_not_overwritten(tmp_path: Path) -> None:
-    finished = tmp_path / "finished"
-    finished.mkdir()
-    assert find_checkpoint(TrainingArguments(str(finished), use_cpu=True)) is None
-    (finished / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="not an empty folder"):
-        find_checkpoint(TrainingArguments(str(finished), use_cpu=True))
-    with pytest.raises(UserError, match="a model but no checkpoint"):
-        find_checkpoint(TrainingArguments(str(finished), resume_from_checkpoint="True", use_cpu=True))
-    other = tmp_path / "other" / "checkpoint-3"
-    other.mkdir(parents=True)
-    args = TrainingArguments(str(finished), resume_from_checkpoint=str(other), use_cpu=True)
-    with pytest.raises(UserError, match=r"no checkpoint to resume from: it has no trainer_state\.json"):
-        find_checkpoint(args)
-    (other / "trainer_state.json").write_text("{}")
-    with pytest.raises(UserError, match="not an empty folder"):
-        find_checkpoint(args)
 
 
 BAD_ARGUMENTS = {

@@ -1,0 +1,137 @@
+"""What makes a training run the run that it is: its arguments, model and data, kept in every checkpoint.
+
+A run that goes on must end as if it had never stopped. So whatever decides its weights has to be what it was:
+`refuse_changes` compares a new record with that of the checkpoint, and names what differs.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset
+from transformers import PreTrainedModel, TrainingArguments
+
+from ..errors import UserError
+
+logger = logging.getLogger(__name__)
+
+RECORD_NAME = "training_run.json"
+
+# Arguments that do not decide the weights: where a run writes, what it measures, reports, keeps and uploads, how
+# fast it works, and paths, since the data are compared by their content. All others must be what they were, so an
+# argument that a later version of Transformers adds is compared too.
+FREE_PREFIXES = ("eval_", "log", "save_", "hub_", "push_to_hub", "trackio_")
+FREE = {
+    "output_dir", "run_name", "project", "report_to", "disable_tqdm", "resume_from_checkpoint", "local_rank",
+    "do_train", "do_eval", "do_predict", "per_device_eval_batch_size", "prediction_loss_only", "bf16_full_eval",
+    "fp16_full_eval", "include_for_metrics", "batch_eval_metrics", "include_num_input_tokens_seen", "debug",
+    "skip_memory_metrics", "torch_empty_cache_steps", "enable_jit_checkpoint", "ddp_timeout",
+    "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers",
+    "train_file", "validation_file", "dataset_name", "max_eval_samples", "fresh_optimizer",
+}  # fmt: skip
+
+# How long a run is. It decides the learning rate of each step, unless that is constant.
+LENGTH = {"max_steps", "num_train_epochs"}
+
+# Bookkeeping of the config that is not the model.
+NOT_THE_MODEL = {"transformers_version", "use_cache", "_name_or_path", "architectures", "auto_map"}
+
+
+def run_arguments(args: TrainingArguments, others: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of Trainer that decide the weights, `others` (of a command), and on how many devices of a kind."""
+    arguments = {name: value for name, value in {**others, **args.to_dict()}.items() if not _is_free(name)}
+    arguments |= {"processes": args.world_size, "devices": max(1, args.n_gpu), "device": args.device.type}
+    return _as_json(arguments)
+
+
+def _is_free(name: str) -> bool:
+    return name in FREE or name.startswith(FREE_PREFIXES)
+
+
+def run_model(model: PreTrainedModel) -> dict[str, Any]:
+    """The fields of the model's config, its attention backend, and the dtype of its weights."""
+    fields = {name: value for name, value in model.config.to_dict().items() if name not in NOT_THE_MODEL}
+    return _as_json(
+        fields | {"attn_implementation": model.config._attn_implementation, "dtype": str(model.dtype).split(".")[-1]}
+    )
+
+
+def data_digest(blocks: Dataset) -> str:
+    """A SHA-256 of all blocks in their order, a gigabyte of tokens in some seconds."""
+    digest = hashlib.sha256()
+    for table in blocks.with_format("arrow").iter(batch_size=1000):
+        for name in sorted(table.column_names):
+            column = table[name].combine_chunks()
+            digest.update(f"{name} {len(column)} ".encode())
+            digest.update(np.asarray(column.value_lengths(), dtype=np.int64).tobytes())
+            digest.update(np.asarray(column.flatten(), dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The libraries whose arithmetic is part of the result."""
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def read_record(checkpoint: str | Path) -> dict[str, Any]:
+    """The record that a checkpoint holds."""
+    return json.loads((Path(checkpoint) / RECORD_NAME).read_text())
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write `record` to the checkpoint `folder`, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORD_NAME).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+def refuse_changes(checkpoint: str | Path, **sections: Any) -> None:
+    """Raise `UserError` if one of these sections of the record is not what it is in `checkpoint`.
+
+    The run may be made longer or shorter if its learning rate is constant. Other versions of torch or Transformers
+    are only warned of: they may round otherwise.
+
+    Args:
+        sections: `arguments`, `model` and `data` of the run that shall go on.
+    """
+    earlier = read_record(checkpoint)
+    differences = []
+    for section, new in sections.items():
+        old = earlier[section]
+        if section == "data":
+            differences += ["its training data"] if new != old else []
+            continue
+        allowed = LENGTH if section == "arguments" and _has_constant_rate(old) else set()
+        differences += [
+            f"{name} ({json.dumps(new.get(name))}, not {json.dumps(old.get(name))})"
+            for name in sorted(old.keys() | new.keys())
+            if new.get(name) != old.get(name) and name not in allowed
+        ]
+    if differences:
+        raise UserError(
+            f"{checkpoint} belongs to another run, which differs in {', '.join(differences)}: resume with what it was "
+            "started with, or start a new run from its weights with --model_name_or_path"
+        )
+    for library, version in versions().items():
+        if version != earlier["versions"].get(library):
+            logger.warning(
+                "%s was written with %s %s, and this is %s: the last bits of the weights may differ from those of an "
+                "uninterrupted run",
+                checkpoint, library, earlier["versions"].get(library), version,
+            )  # fmt: skip
+
+
+def _has_constant_rate(arguments: Mapping[str, Any]) -> bool:
+    """Whether the learning rate of a step is the same however long the run is; warmup may be a share of the run."""
+    schedule, warmup = arguments.get("lr_scheduler_type"), arguments.get("warmup_steps") or 0
+    return schedule == "constant" or (schedule == "constant_with_warmup" and not 0 < warmup < 1)
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` as they will be read back."""
+    return json.loads(json.dumps(values, default=str))
