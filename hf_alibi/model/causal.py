@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .alibi import causal_line
+from .private_torch import CPU_FLASH, CPU_FLASH_BACKWARD, has_cpu_flash
 from .tiles import FULL_SPEED, Tile, in_pieces, joined, key_tiles, query_tiles
 
 NAMESPACE = re.sub(r"\W", "_", __name__)  # the copy of this file that comes with a model has operators of its own
@@ -63,7 +64,7 @@ def causal_attention(
 
 def is_one_operator(query: Tensor, dropout: float) -> bool:
     """Whether `causal_attention` is a single operator for these queries, rather than a loop of kernels."""
-    return query.device.type == "cpu" and not dropout
+    return query.device.type == "cpu" and not dropout and has_cpu_flash()
 
 
 def attention_in_runs(
@@ -155,7 +156,7 @@ def attention_in_tiles(
     line = _line(query, key, slopes)
     output, logsumexp = _empty_results(query, slopes)
     for tile in joined(query_tiles(query, key, windows)):
-        results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        results = CPU_FLASH(
             tile.of_queries(query).flip(2),
             tile.of_keys(key),
             tile.of_keys(value),
@@ -198,7 +199,7 @@ def attention_in_tiles_backward(
     grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
     for tile in map(in_pieces, joined(key_tiles(query, key, windows))):
         corner = reverse.shape[1] - query.shape[2] + tile.queries.start - tile.keys.stop + 1
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dq, dk, dv = CPU_FLASH_BACKWARD(
             tile.of_queries(grad_output),
             tile.of_queries(query),
             tile.of_keys(key).flip(2),
