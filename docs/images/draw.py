@@ -9,7 +9,7 @@ from hf_alibi import AlibiGPTConfig
 from hf_alibi.model.alibi import alibi_bias, alibi_slopes
 
 matplotlib.use("agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 FOLDER = Path(__file__).parent
 HEADS = 8

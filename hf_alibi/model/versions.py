@@ -11,7 +11,7 @@ from functools import cache
 import torch
 import transformers
 
-# By package, from the oldest to the newest: the whole test suite ran on each.
+# By package, from the oldest to the newest: the tests of the model ran on each.
 TRIED_VERSIONS = {"transformers": ("5.19", "5.23", "5.24"), "torch": ("2.13",)}
 
 logger = logging.getLogger(__name__)

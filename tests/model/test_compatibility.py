@@ -18,6 +18,7 @@ from transformers import DynamicCache, Trainer, TrainingArguments, pipeline
 from transformers.generation import utils as generation_utils
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+import hf_alibi
 from hf_alibi.model import causal, private_torch, versions
 from hf_alibi.model.cache_names import CACHE_NAME
 
@@ -209,6 +210,10 @@ def test_the_pinned_versions_and_the_floors_are_tried_ones() -> None:
         assert f'"{name}>={tried[0]}"' in floors, name
         for version in tried:
             assert version in PAGE.read_text(), f"docs/compatibility.md does not say how {name} {version} was tried"
+
+
+def test_the_version_of_the_package_is_cited() -> None:
+    assert f"\nversion: {hf_alibi.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 # Names of Transformers.
