@@ -1,6 +1,6 @@
 # The commands of CONTRIBUTING.md by name; `make help` lists them.
 
-.PHONY: help check test slow gpu demo bench docs
+.PHONY: help check test newest slow gpu demo bench docs
 
 help:                                         ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -8,6 +8,8 @@ check:                                        ## style and types
 	source scripts/environment.sh dev && ruff check && ruff format --check && mypy
 test:                                         ## what CI runs
 	bash scripts/test.sh
+newest:                                       ## the tests with the newest release of every dependency
+	bash scripts/test_newest.sh
 slow:                                         ## tests that take minutes
 	bash scripts/test.sh -m slow
 gpu:                                          ## tests that need CUDA

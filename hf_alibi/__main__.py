@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": "perplexity against length: a table, a plot, a JSON file",
     "generate": "continue a prompt of any length",
     "publish": "upload a checkpoint to the Hub with a card, and check that it loads from there",
+    "refresh": "bring the present code to a checkpoint that was saved earlier",
     "serve": "serve a checkpoint with an OpenAI-compatible API",
     "chat": "chat with a served checkpoint in the terminal",
     "benchmark": "measure attention, models and generation on this machine",

@@ -227,8 +227,8 @@ def reload_and_compare(
 
 
 @contextmanager
-def hub_errors(repo_id: str) -> Iterator[None]:
-    """Turn what the client raises into a `UserError` of one line."""
+def hub_errors(repo_id: str, transfer: str = "upload to") -> Iterator[None]:
+    """Turn what the client raises into a `UserError` of one line; `transfer` is what may break off."""
     try:
         yield
     except UserError:
@@ -249,7 +249,7 @@ def hub_errors(repo_id: str) -> Iterator[None]:
     except (HTTPError, OSError, RuntimeError) as error:  # the last two where the client uploads weights
         reason = shorten(str(error.__cause__ or error), 200)
         raise UserError(
-            f"the upload to {repo_id} broke off: {reason}; try again, and only what is missing is sent"
+            f"the {transfer} {repo_id} broke off: {reason}; try again, and only what is missing is sent"
         ) from error
     except (HFValidationError, ValueError) as error:
         raise UserError(f"{repo_id}: {shorten(str(error), 300)}") from error

@@ -15,15 +15,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import has_static_value
-from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
-from transformers.modeling_utils import AttentionInterface
 
 from .cache import HeldKeys
 from .causal import attention_in_runs, causal_attention, is_one_operator, kernel
 from .flash import alibi_flash_attention
 from .flex import alibi_flex_attention
 from .layout import TokenLayout
+from .private_torch import is_static
 from .tiles import FEW_KEYS
 from .windows import head_windows, norm_bounds
 
@@ -152,6 +150,9 @@ def flash_attention_2_forward(
     _refuse_weights("flash_attention_2", **kwargs)
     slopes = local_slopes(module, attention_mask.slopes, query)
     query, key, value = _prepared(query, key, value, attention_mask)
+    # Only here, as a checkpoint must load where Transformers has moved this.
+    from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
+
     (flash, flash_varlen, *_), _ = lazy_import_flash_attention(module.config._attn_implementation)
     return alibi_flash_attention(
         query, key, value, slopes, scaling, dropout, attention_mask, flash, flash_varlen
@@ -248,7 +249,7 @@ def _is_exported() -> bool:
 
 def _has_any_length(query: Tensor, key: Tensor) -> bool:
     """Whether what runs now is compiled for any number of queries or keys."""
-    return torch.compiler.is_compiling() and not (has_static_value(query.shape[2]) and has_static_value(key.shape[2]))
+    return torch.compiler.is_compiling() and not (is_static(query.shape[2]) and is_static(key.shape[2]))
 
 
 def _windowed(query: Tensor, held: list[HeldKeys], layout: TokenLayout, scaling: float) -> Tensor:
@@ -295,19 +296,8 @@ def _sum_of_ranks(states: Tensor, group: Any) -> Tensor:
     return total
 
 
-class AlibiAttentionInterface(AttentionInterface):
+class AlibiAttentionInterface(dict[str, Callable]):
     """The implementations that know ALiBi, by name; Transformers' own would drop the bias."""
-
-    _global_mapping = {
-        "eager": eager_attention_forward,
-        "sdpa": sdpa_attention_forward,
-        "flex_attention": flex_attention_forward,
-        "flash_attention_2": flash_attention_2_forward,
-        # What Transformers takes for flash_attention_2 where the package is missing and `kernels` is installed.
-        "kernels-community/flash-attn2": flash_attention_2_forward,
-        # What Transformers makes of eager for continuous batching; the layout tells the requests apart (`paged.py`).
-        "paged|eager": eager_attention_forward,
-    }
 
     def get_interface(self, attn_implementation: str, default: Callable) -> Callable:
         """Returns the implementation of that name.
@@ -323,4 +313,15 @@ class AlibiAttentionInterface(AttentionInterface):
         return self[attn_implementation]
 
 
-ALL_ATTENTION_FUNCTIONS = AlibiAttentionInterface()
+ALL_ATTENTION_FUNCTIONS = AlibiAttentionInterface(
+    {
+        "eager": eager_attention_forward,
+        "sdpa": sdpa_attention_forward,
+        "flex_attention": flex_attention_forward,
+        "flash_attention_2": flash_attention_2_forward,
+        # What Transformers takes for flash_attention_2 where the package is missing and `kernels` is installed.
+        "kernels-community/flash-attn2": flash_attention_2_forward,
+        # What Transformers makes of eager for continuous batching; the layout tells the requests apart (`paged.py`).
+        "paged|eager": eager_attention_forward,
+    }
+)

@@ -24,6 +24,7 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .alibi import causal_line
+from .private_torch import CPU_FLASH, CPU_FLASH_BACKWARD, has_cpu_flash
 from .tiles import FULL_SPEED, Tile, in_pieces, joined, key_tiles, query_tiles
 
 _TRANSFORMS_ARE_ACTIVE = torch._C._are_functorch_transforms_active  # what autograd.Function asks
@@ -72,7 +73,7 @@ def causal_attention(
 
 def is_one_operator(dropout: float, query: Tensor, *others: Tensor) -> bool:
     """Whether `causal_attention` is a single operator for these tensors, rather than a loop of kernels."""
-    return query.device.type == "cpu" and not dropout and not is_transformed(query, *others)
+    return query.device.type == "cpu" and not dropout and has_cpu_flash() and not is_transformed(query, *others)
 
 
 def is_transformed(*tensors: Tensor) -> bool:
@@ -180,7 +181,7 @@ def attention_in_tiles(
     line = _line(query, key, slopes)
     output, logsumexp = _empty_results(query, slopes)
     for tile in joined(query_tiles(query, key, windows)):
-        results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        results = CPU_FLASH(
             tile.of_queries(query).flip(2),
             tile.of_keys(key),
             tile.of_keys(value),
@@ -223,7 +224,7 @@ def attention_in_tiles_backward(
     grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
     for tile in map(in_pieces, joined(key_tiles(query, key, windows))):
         corner = reverse.shape[1] - query.shape[2] + tile.queries.start - tile.keys.stop + 1
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dq, dk, dv = CPU_FLASH_BACKWARD(
             tile.of_queries(grad_output),
             tile.of_queries(query),
             tile.of_keys(key).flip(2),

@@ -14,14 +14,18 @@ Source: Dong et al., "Flex Attention: A Programming Model for Generating Optimiz
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from .layout import TokenLayout
+from .private_torch import MASKED_INDEX
+
+# FlexAttention is a prototype in PyTorch, and a checkpoint must load without it: it is imported where it is used.
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128  # queries or keys in a block
 FAR = 2**30  # further than any position
@@ -31,7 +35,7 @@ class Visibility(NamedTuple):
     """What all layers of a forward pass share: distances, and which keys each query sees."""
 
     distance: Callable[[Tensor, Tensor, Tensor], Tensor]
-    mask: BlockMask
+    mask: "BlockMask"
 
 
 def alibi_flex_attention(
@@ -69,6 +73,8 @@ def alibi_flex_attention(
             "flex_attention has no backward pass on the CPU; call the model under torch.no_grad(), or use sdpa."
         )
     mask, biased = _bias(query, key, slopes, layout, windows)
+    from torch.nn.attention.flex_attention import flex_attention
+
     attend: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
     return attend(
         query,
@@ -89,6 +95,8 @@ def _compiled_flex_attention() -> Callable[..., Any]:
 
     Dynamo's usual limit would allow for too few kinds; beyond it, the call raises.
     """
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(  # type: ignore[call-overload]  # its overloads lack recompile_limit
         flex_attention, dynamic=True, fullgraph=True, recompile_limit=64
     )
@@ -96,7 +104,7 @@ def _compiled_flex_attention() -> Callable[..., Any]:
 
 def _bias(
     query: Tensor, key: Tensor, slopes: Tensor, layout: TokenLayout, windows: Tensor | None
-) -> tuple[BlockMask | None, Callable[..., Tensor]]:
+) -> "tuple[BlockMask | None, Callable[..., Tensor]]":
     """Returns which blocks to compute, and the function that adds the bias to a score."""
     if layout.mask is not None:
         bias = _lookup(layout.dense_bias(slopes).expand(len(query), -1, -1, -1))
@@ -143,7 +151,7 @@ def _visibility(layout: TokenLayout, batch: int, num_queries: int, num_keys: int
 
 def _lookup(table: Tensor) -> Callable[..., Tensor]:
     """Returns a function from indices, one for each dimension, to an element of `table`."""
-    if table.device.type != "cpu":
+    if table.device.type != "cpu" or MASKED_INDEX is None:
         return lambda *index: table[index]
     # The CPU's template corrupts the names of sizes in the code that it generates, some of the time. This takes an
     # element without any mention of a size: strides are tensors, and an index that is masked is not checked.
@@ -152,12 +160,12 @@ def _lookup(table: Tensor) -> Callable[..., Tensor]:
 
     def element(*index: Tensor) -> Tensor:
         offset = sum(i * stride for i, stride in zip(index, strides, strict=True))
-        return torch.ops.aten._unsafe_masked_index(flat, index[-1] >= 0, [offset], 0)
+        return MASKED_INDEX(flat, index[-1] >= 0, [offset], 0)
 
     return element
 
 
-def _block_mask(queries: Tensor, keys: Tensor, lowest: Tensor, visible: Callable[..., Tensor]) -> BlockMask:
+def _block_mask(queries: Tensor, keys: Tensor, lowest: Tensor, visible: Callable[..., Tensor]) -> "BlockMask":
     """Lists the blocks of keys that each block of queries needs, and the other way round.
 
     Args:
@@ -166,6 +174,8 @@ def _block_mask(queries: Tensor, keys: Tensor, lowest: Tensor, visible: Callable
         lowest: `[batch or 1, queries]`, the lowest position that the query sees.
         visible: Says of a single query and key whether they see each other.
     """
+    from torch.nn.attention.flex_attention import BlockMask
+
     first_key, last_key = _extremes(keys, FAR)
     _, last_real_key = _extremes(keys.masked_fill(keys == FAR, -FAR), -FAR)
     first_query, last_query = (x.mT for x in _extremes(queries, -FAR))
@@ -199,8 +209,10 @@ def _listed(blocks: Tensor, descending: bool = False) -> tuple[Tensor, Tensor]:
     return blocks.sum(-1, dtype=torch.int32), (last - order if descending else order).int()
 
 
-def _cut_short(mask: BlockMask, limits: tuple[int, ...]) -> BlockMask:
+def _cut_short(mask: "BlockMask", limits: tuple[int, ...]) -> "BlockMask":
     """Returns the mask of every head, of whose whole blocks only the nearest `limits[head]` are left."""
+    from torch.nn.attention.flex_attention import BlockMask
+
     limit = torch.tensor(limits, dtype=torch.int32, device=mask.kv_indices.device)[:, None]
 
     def for_heads(lists: Tensor | None) -> Tensor:

@@ -1,19 +1,14 @@
 """What `generate` does otherwise for AlibiGPT: it reads long prompts in chunks, and takes the windowed cache."""
 
 import copy
+from functools import wraps
 from typing import Any
 
 from torch import Tensor
-from transformers.generation import (
-    ContinuousBatchingConfig,
-    GenerationConfig,
-    GenerationMixin,
-)
-from transformers.generation.continuous_batching import ContinuousBatchingManager
-from transformers.generation.continuous_batching.utils import WorkloadHints
+from transformers.generation import GenerationConfig, GenerationMixin
 
 from .cache import WindowedCache
-from .cache_names import CACHE_NAME
+from .cache_names import CACHE_NAME, only_cache
 from .configuration_alibi_gpt import AlibiGPTConfig
 from .paged import paged_config
 
@@ -25,6 +20,12 @@ class AlibiGenerationMixin(GenerationMixin):
 
     config: AlibiGPTConfig
     model: Any
+
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers, with the cache under either of its names."""
+        cache = only_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        return super().generate(*args, **(kwargs if cache is None else kwargs | {CACHE_NAME: cache}))
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -56,13 +57,14 @@ class AlibiGenerationMixin(GenerationMixin):
     def init_continuous_batching(
         self,
         generation_config: GenerationConfig | None = None,
-        continuous_batching_config: ContinuousBatchingConfig | None = None,
-        workload_hints: WorkloadHints | None = None,
-    ) -> ContinuousBatchingManager:
+        continuous_batching_config: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """What `generate_batch` and the server begin with; refuses what `paged_config` refuses."""
         generation_config = copy.deepcopy(generation_config or self.generation_config)  # gets an end-of-text of -1
         given = continuous_batching_config or getattr(generation_config, "continuous_batching_config", None)
-        return super().init_continuous_batching(generation_config, paged_config(self.config, given), workload_hints)
+        return super().init_continuous_batching(generation_config, paged_config(self.config, given), *args, **kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Any, model_kwargs: dict[str, Any]) -> Any:
         """Lets positions go on after padding, on the right too, where those of Transformers would start again."""

@@ -127,7 +127,7 @@ def token_layout(
     device = inputs_embeds.device
     past, num_keys = 0, num_queries
     if past_key_values is not None:
-        past = past_key_values.get_query_offset(0)
+        past = past_key_values.get_seq_length()
         num_keys, _ = past_key_values.get_mask_sizes(num_queries, 0)
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if isinstance(past, Tensor) and not tracing:

@@ -13,17 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from .alibi import interpolated_slopes
 from .attention import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
@@ -34,7 +29,9 @@ from .flash import HOW_TO_GET_FLASH_ATTENTION
 from .generation import AlibiGenerationMixin
 from .heads import QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead
 from .layout import TokenLayout, token_layout
-from .paged import PagedCache, paged_layout
+from .outputs import as_asked, is_asked, selected_states
+from .paged import PagedCache, is_paged, paged_layout
+from .versions import warn_if_newer_than_tried
 from .windows import WindowGuarantee, qk_norm_guarantee
 
 
@@ -171,12 +168,20 @@ class AlibiGPTDecoderLayer(GradientCheckpointingLayer):
         hidden_states: Tensor,
         attention_mask: SealedLayout,
         past_key_values: Cache | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
-    ) -> Tensor:
-        """Maps `[batch, queries, hidden_size]` to the same shape."""
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), attention_mask, past_key_values, **kwargs)
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Maps `[batch, queries, hidden_size]` to the same shape; returns the attention weights too if asked to."""
+        attended, weights = self.self_attn(
+            self.input_layernorm(hidden_states),
+            attention_mask,
+            past_key_values,
+            output_attentions=output_attentions,
+            **kwargs,
+        )
         hidden_states = hidden_states + self.dropout(attended)
-        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        hidden_states = hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        return (hidden_states, weights) if output_attentions else hidden_states
 
 
 class AlibiGPTPreTrainedModel(PreTrainedModel):
@@ -186,12 +191,11 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["AlibiGPTDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_flash_attn = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": AlibiGPTDecoderLayer, "attentions": AlibiGPTAttention}
     _auto_map = {
         "AutoConfig": "configuration_alibi_gpt.AlibiGPTConfig",
         "AutoModel": "modeling_alibi_gpt.AlibiGPTModel",
@@ -258,9 +262,12 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
             # Each layer adds to the residual stream twice; the sum of all keeps the variance of one.
             additions = 2 * self.config.num_hidden_layers
             weight: Any = module.weight
-            init.normal_(weight, std=self.config.initializer_range / math.sqrt(additions))
+            nn.init.normal_(weight, std=self.config.initializer_range / math.sqrt(additions))
         elif isinstance(module, AlibiGPTModel) and self.config.alibi_slopes_trainable:
-            init.copy_(module.bias_log_slopes, torch.tensor(self.config.slopes, dtype=torch.float64).log())
+            # Leaves slopes alone that were loaded, as the functions in `nn.init` do while Transformers calls this.
+            from transformers.initialization import copy_
+
+            copy_(module.bias_log_slopes, torch.tensor(self.config.slopes, dtype=torch.float64).log())
 
 
 class AlibiGPTModel(AlibiGPTPreTrainedModel):
@@ -270,6 +277,7 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
 
     def __init__(self, config: AlibiGPTConfig) -> None:
         super().__init__(config)
+        warn_if_newer_than_tried()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.embedding_norm = _norm(config) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -284,8 +292,6 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -294,7 +300,8 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        cache: Cache | PagedAttentionCache | None = None,
+        cache: Cache | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Runs the decoder.
@@ -310,6 +317,9 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             use_cache: Whether to return the cache.
             cache: Another name of `past_key_values`, and the one under which continuous batching passes its cache;
                 see `paged_layout`.
+            return_dict: False returns a tuple; `None` does what the config says.
+            kwargs: `output_hidden_states` and `output_attentions`, which the config has too, and what attention
+                implementations take.
 
         Returns:
             The hidden states `[batch, queries, hidden_size]` after the last norm, and the cache.
@@ -329,13 +339,13 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
+        if past_key_values is None and self._makes_cache(use_cache):
             past_key_values = DynamicCache(config=self.config)
 
         if isinstance(past_key_values, WindowedCache):
             self._check_windowed_cache(past_key_values)
         slopes = self.slopes(inputs_embeds)
-        if isinstance(past_key_values, PagedAttentionCache):
+        if is_paged(past_key_values, kwargs):
             assert position_ids is not None  # continuous batching always gives them
             layout = paged_layout(slopes, attention_mask, position_ids, **kwargs)
             past_key_values = PagedCache(past_key_values, kwargs)
@@ -344,13 +354,32 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         if self.config.slopes_depend_on_length:
             slopes = interpolated_slopes(layout.slopes, self.config.training_length, layout.text_length())
             layout = layout._replace(slopes=slopes)
+        wanted_states = is_asked("output_hidden_states", kwargs, self.config)
+        kwargs["output_attentions"] = is_asked("output_attentions", kwargs, self.config)
+        states, weights = [], []
         hidden_states, sealed = self.dropout(self.embedding_norm(inputs_embeds)), SealedLayout(layout)
         for layer in self.layers[: self.config.num_hidden_layers]:  # a draft model that exits early has lowered it
+            if wanted_states:
+                states.append(hidden_states)
             # By position: Transformers takes away a cache with a name from layers with gradient checkpointing, some
             # versions even where no gradient is computed.
-            hidden_states = layer(hidden_states, sealed, past_key_values, **kwargs)
-        outputs: dict[str, Any] = {"last_hidden_state": self.norm(hidden_states), CACHE_NAME: past_key_values}
-        return BaseModelOutputWithPast(**outputs)
+            output = layer(hidden_states, sealed, past_key_values, **kwargs)
+            hidden_states, *layer_weights = output if isinstance(output, tuple) else (output,)
+            weights += [part for part in layer_weights if part is not None]
+        hidden_states = self.norm(hidden_states)
+        outputs = BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            hidden_states=selected_states([*states, hidden_states], wanted_states) if wanted_states else None,
+            attentions=tuple(weights) if kwargs["output_attentions"] else None,
+            **{CACHE_NAME: past_key_values},
+        )
+        return as_asked(outputs, return_dict, self.config)
+
+    def _makes_cache(self, use_cache: bool | None) -> bool:
+        """Whether forward returns a cache when it has got none; layers that run again in backward can have none."""
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return False
+        return bool(self.config.use_cache if use_cache is None else use_cache)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves and casts the model, but leaves trained slopes in float32 where the weights get 16 bits.
@@ -477,7 +506,6 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, AlibiGenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -488,7 +516,8 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, AlibiGenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        cache: Cache | PagedAttentionCache | None = None,
+        cache: Cache | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Predicts the next token at every position; further arguments as in `AlibiGPTModel.forward`.
@@ -510,6 +539,7 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, AlibiGenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cache=cache,
+            return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -517,13 +547,14 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, AlibiGenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        outputs = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
+        return as_asked(outputs, return_dict, self.config)
 
 
 class AlibiGPTWithHead(AlibiGPTPreTrainedModel):

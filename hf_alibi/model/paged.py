@@ -22,8 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.generation import ContinuousBatchingConfig
-from transformers.generation.continuous_batching import PagedAttentionCache
 
 from .configuration_alibi_gpt import AlibiGPTConfig
 from .layout import TokenLayout
@@ -34,7 +32,7 @@ PAGED_IMPLEMENTATIONS = ("sdpa", "eager", "paged|eager")
 class PagedCache(Cache):
     """The cache of continuous batching, with the `update` of any other cache."""
 
-    def __init__(self, pages: PagedAttentionCache, indices: dict[str, Any]) -> None:
+    def __init__(self, pages: Any, indices: dict[str, Any]) -> None:
         """Takes the pages of all requests and the arguments of this pass that say where to write and to read."""
         super().__init__(layers=[])
         self.pages = pages
@@ -47,8 +45,28 @@ class PagedCache(Cache):
         return self.pages.update(key_states, value_states, layer_idx, dict(self.indices))  # which it changes
 
 
-def paged_config(config: AlibiGPTConfig, batching: ContinuousBatchingConfig | None) -> ContinuousBatchingConfig:
+def is_paged(cache: Any, arguments: dict[str, Any]) -> bool:
+    """Whether a forward pass belongs to continuous batching, which alone says where in its pages to write.
+
+    Raises:
+        ValueError: If the cache is of another kind that Transformers' `Cache` is no base class of.
+    """
+    if cache is None or isinstance(cache, Cache):
+        return False
+    if "write_index" not in arguments:
+        raise ValueError(
+            f"The cache is a {type(cache).__name__}, which no attention here can read; pass a DynamicCache, or "
+            "another Cache of Transformers."
+        )
+    return True
+
+
+def paged_config(config: AlibiGPTConfig, batching: Any) -> Any:
     """Returns a copy of the settings for continuous batching that does not change to FlashAttention by itself.
+
+    Args:
+        config: Of the model.
+        batching: A `ContinuousBatchingConfig`, or `None`.
 
     Raises:
         ValueError: For attention implementations, slopes and CUDA graphs that continuous batching would get wrong.
@@ -63,11 +81,15 @@ def paged_config(config: AlibiGPTConfig, batching: ContinuousBatchingConfig | No
             f"alibi_scaling={config.alibi_scaling} has other slopes for every length, and continuous batching has "
             "requests of different lengths in one pass; use generate, or a linear alibi_scaling."
         )
+    # Only here, as a checkpoint must load without continuous batching.
+    from transformers.generation import ContinuousBatchingConfig
+
     batching = copy.copy(batching) if batching is not None else ContinuousBatchingConfig()
-    if any(batching.cuda_graph_booleans):
+    graphs = batching.use_cuda_graph
+    if any(graphs) if isinstance(graphs, tuple | list) else graphs:
         raise ValueError(
             f"The shapes of every request's attention are its own, which CUDA graphs cannot record: "
-            f"leave out use_cuda_graph={batching.use_cuda_graph}."
+            f"leave out use_cuda_graph={graphs}."
         )
     batching.auto_switch_to_flash = False
     batching.use_cuda_graph = False

@@ -1,0 +1,47 @@
+"""Bring the present code to a checkpoint that was saved earlier, in a folder or on the Hub; weights stay as they are.
+
+    hf_alibi refresh runs/books --dry_run
+    hf_alibi refresh me/books --create_pr
+
+Outputs with the new code are compared with those of the old code before anything is changed. The old code runs only
+with --trust_remote_code; otherwise the model of this package takes its place in the comparison.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+from transformers import HfArgumentParser
+
+from ..errors import parse_arguments
+from ..hub.refresh import refresh
+
+
+@dataclass
+class RefreshArguments:
+    """What becomes of the checkpoint."""
+
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch of the repository, or refs/pr/N; if omitted, main."}
+    )
+    create_pr: bool = field(default=False, metadata={"help": "Open a pull request in place of committing."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code that the checkpoint brings with it, to compare with."}
+    )
+    token: str | None = field(
+        default=None, metadata={"help": "Token of the Hub; if omitted, that of `hf auth login` or HF_TOKEN."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Compare, list what would change, and change nothing."})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Refresh as the command line `argv` (default: the process's own) says."""
+    parser = HfArgumentParser(
+        [RefreshArguments],  # type: ignore[list-item]  # Transformers' annotation is too narrow
+        description=__doc__.partition("\n")[0],
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "checkpoint", help="A folder, which is changed in place, or a repository, which gets a commit."
+    )
+    arguments, rest = parse_arguments(parser, argv)
+    refresh(rest.checkpoint, **asdict(arguments))
