@@ -8,7 +8,6 @@ the JSON files that `hf_alibi.training.train` leaves beside the weights, never f
 """
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..errors import UserError
 from ..evaluation.perplexity import Result
 from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM
+from ..tables import markdown
 
 PLOT_NAME = "perplexity_by_length.png"
 
@@ -212,7 +212,7 @@ def evaluation(results: list[Result], arguments: CardArguments) -> str:
     return (
         f"On {arguments.evaluation_text}, in windows {windows}. Every target is scored once, and the targets are the "
         f"same at every length.\n\n"
-        f"{table(['length in tokens', 'perplexity per token', 'bits per byte', 'targets'], rows)}\n\n"
+        f"{markdown(['length in tokens', 'perplexity per token', 'bits per byte', 'targets'], rows)}\n\n"
         f"![Perplexity against length]({PLOT_NAME})"
     )
 
@@ -231,7 +231,7 @@ def training(folder: Path, arguments: CardArguments) -> str:
             except ValueError as error:
                 raise UserError(f"{folder / name} is damaged: {error}; put it right or remove it") from error
             rows += [[label, shown(facts[key])] for key, label in labels.items() if facts.get(key) is not None]
-    return table(["", ""], rows) if rows else "Nothing about its training is recorded."
+    return markdown(["", ""], rows) if rows else "Nothing about its training is recorded."
 
 
 def architecture(model: AlibiGPTForCausalLM) -> str:
@@ -239,7 +239,7 @@ def architecture(model: AlibiGPTForCausalLM) -> str:
     slopes = model.model.slopes(model.model.embed_tokens.weight).tolist()
     rows = [["Parameters", shown(model.num_parameters())]]
     rows += [[label, shown(getattr(model.config, name))] for name, label in CONFIG_FACTS.items()]
-    return table(["", ""], [*rows, ["Slopes of the heads", ", ".join(map(shown, slopes))]])
+    return markdown(["", ""], [*rows, ["Slopes of the heads", ", ".join(map(shown, slopes))]])
 
 
 def windows(model: AlibiGPTForCausalLM) -> str:
@@ -275,11 +275,6 @@ def licence(arguments: CardArguments) -> str:
     """The licences of code and weights."""
     weights = f"The weights: {arguments.license}." if arguments.license else "None is stated for the weights."
     return f"The model's code: Apache-2.0. {weights}"
-
-
-def table(header: list[str], rows: Iterable[list[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
 
 
 def shown(value: object) -> str:

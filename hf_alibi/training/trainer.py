@@ -19,12 +19,13 @@ from pathlib import Path
 
 import torch
 from datasets import DatasetDict, IterableDataset, IterableDatasetDict
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import UserError
 from ..evaluation.perplexity import trainer_metrics
+from ..hub.checkpoints import check_vocabulary
 from ..hub.publish import publish
 from .data import collate_blocks
 
@@ -96,14 +97,6 @@ def train(
             token=args.hub_token,
         )
     return {name: value for values in metrics.values() for name, value in values.items()}
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Raise `UserError` if the tokenizer has tokens that the model has no embedding for."""
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, more than the {config.vocab_size} of the model's vocabulary"
-        )
 
 
 def find_checkpoint(args: TrainingArguments) -> str | None:
