@@ -18,7 +18,6 @@ from transformers import HfArgumentParser
 from ..errors import UserError
 from ..evaluation.plots import require_matplotlib
 
-
 # What a dataclass of options raises for values that it refuses, and for packages that they need.
 OPTION_ERRORS = (ValueError, TypeError, RuntimeError, OSError, ImportError, StrictDataclassError)
 
@@ -96,5 +95,6 @@ def _listed(value: Any) -> list[Any]:
 def _suggestion(parser: ArgumentParser, unknown: Sequence[str]) -> str:
     """The known option that the first unknown one most resembles."""
     known = [option for action in parser._actions for option in action.option_strings if "-" not in option[2:]]
-    nearest = get_close_matches("--" + unknown[0].partition("=")[0].lstrip("-").replace("-", "_"), known, n=1)
+    given = "--" + unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
+    nearest = [option for option in known if option.startswith(given)] or get_close_matches(given, known, n=1)
     return f"; did you mean {nearest[0]}?" if nearest else ""

@@ -143,7 +143,8 @@ def _nats_at_end(model: PreTrainedModel, rows: Tensor, num_scored: int, chunk_si
         cache = output.get(CACHE_NAME)
         if end < length and not _is_continued(cache):
             raise UserError(
-                f"{model.config.model_type} cannot continue from a KV cache: set tokens_per_forward to at least {length}"
+                f"{model.config.model_type} cannot continue from a KV cache: "
+                f"set tokens_per_forward to at least {length}"
             )
     return torch.cat(nats, dim=1).cpu()
 

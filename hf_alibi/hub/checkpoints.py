@@ -135,12 +135,17 @@ def load_causal_lm(
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
     ).to(device)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except LOADING_ERRORS as error:
-        raise _unreadable("a tokenizer", path, error) from error
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     check_vocabulary(tokenizer, config)
     return model, tokenizer
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of `path`. Raises `UserError` if there is none, or it cannot be read."""
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (*LOADING_ERRORS, KeyError, TypeError, AttributeError) as error:  # of JSON that holds something else
+        raise _unreadable("a tokenizer", path, error) from error
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:

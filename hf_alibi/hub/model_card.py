@@ -8,6 +8,7 @@ the JSON files that `hf_alibi.training.train` leaves beside the weights, never f
 """
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -136,13 +137,17 @@ def read_evaluation(arguments: CardArguments, label: str, training_length: int) 
     if not arguments.evaluation_text:
         raise UserError("--evaluation needs --evaluation_text, the name of the text that was evaluated on")
     try:
-        models = json.loads(path.read_text())["models"]
+        models = json.loads(path.read_text("utf-8"))["models"]
         entries = [entry for entry in models if len(models) == 1 or entry["label"] == label]
         if len(entries) != 1:
             raise UserError(f"{path} has {len(entries)} models with the label {label!r}; expected one")
-        results = [Result(**result) for result in entries[0]["results"]]
+        results = [_checked(Result(**result)) for result in entries[0]["results"]]
         evaluated_length = entries[0]["training_length"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        if not results:
+            raise ValueError("it has no results")
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not what hf_alibi evaluate writes: {error!r}") from error
     if evaluated_length != training_length:
         raise UserError(
@@ -151,6 +156,21 @@ def read_evaluation(arguments: CardArguments, label: str, training_length: int) 
     if not path.with_suffix(".png").is_file():
         raise UserError(f"{path} has no plot {path.with_suffix('.png').name} beside it")
     return results
+
+
+def _checked(result: Result) -> Result:
+    """Return `result`; raise `TypeError` or `ValueError` unless its fields are what `Result` declares."""
+    counts = (result.length, result.stride, result.num_targets)
+    values = [
+        result.nats,
+        result.perplexity,
+        *(v for v in (result.bits_per_byte, result.nats_stderr) if v is not None),
+    ]
+    if not all(type(count) is int and count > 0 for count in counts):
+        raise TypeError(f"length, stride and num_targets are {counts}")
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+        raise TypeError(f"losses are {values}")
+    return result
 
 
 def eval_results(results: list[Result], text: str) -> list[EvalResult]:
@@ -227,7 +247,9 @@ def training(folder: Path, arguments: CardArguments) -> str:
     for name, labels in TRAINING_FACTS.items():
         if (folder / name).is_file():
             try:
-                facts = json.loads((folder / name).read_text())
+                facts = json.loads((folder / name).read_text("utf-8"))
+                if not isinstance(facts, dict):
+                    raise ValueError(f"it holds a {type(facts).__name__}")
             except ValueError as error:
                 raise UserError(f"{folder / name} is damaged: {error}; put it right or remove it") from error
             rows += [[label, shown(facts[key])] for key, label in labels.items() if facts.get(key) is not None]

@@ -247,7 +247,7 @@ def test_a_forward_pass_has_a_token(model: PreTrainedModel, tokens_per_forward: 
 def test_losses_that_are_not_finite_are_refused() -> None:
     model = random_model("alibi")
     model.get_output_embeddings().weight.data[5] = math.nan
-    with pytest.raises(UserError, match="alibi_gpt in torch.float64 gives losses that are not finite"):
+    with pytest.raises(UserError, match=r"alibi_gpt in torch\.float64 gives losses that are not finite"):
         token_nats(model, random_stream(33), 16)
 
 
