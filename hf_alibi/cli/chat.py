@@ -7,13 +7,14 @@ hf_alibi chat runs/books
 from collections.abc import Sequence
 from textwrap import shorten
 
+from huggingface_hub.errors import HTTPError
 from transformers.cli.chat import Chat
 
 from ..errors import UserError
 from .serve import run_typer
 
 # What Transformers raises where no server answers, or for settings and files that it cannot read.
-CHAT_ERRORS = (OSError, ValueError, TypeError, RuntimeError, ImportError)
+CHAT_ERRORS = (HTTPError, OSError, ValueError, TypeError, RuntimeError, ImportError)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

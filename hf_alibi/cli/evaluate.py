@@ -7,9 +7,9 @@ writes runs/demo/extrapolation.json and runs/demo/extrapolation.png. Without --s
 --stride S they begin S tokens apart and the last S targets of each are scored. The protocols and units are explained
 in hf_alibi/evaluation/perplexity.py. The text is the validation split of the standard library's source files, of a
 dataset (--dataset_name), or a file of your own (--validation_file). Each checkpoint reads it with its own tokenizer:
-where these differ, compare bits per byte and not perplexity. --config_overrides "alibi_scaling={'type': 'dynamic'}" shows
-what position interpolation does; for that, --tokens_per_forward must be the longest length or more, because slopes
-that depend on the length do so for each forward pass.
+where these differ, compare bits per byte and not perplexity. --config_overrides "alibi_scaling={'type': 'dynamic'}"
+shows what position interpolation does; for that, --tokens_per_forward must be the longest length or more, because
+slopes that depend on the length do so for each forward pass.
 """
 
 import json

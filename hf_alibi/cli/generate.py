@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         usage="%(prog)s --model_name_or_path CHECKPOINT [--prompt TEXT | --prompt_file FILE] [options]",
     )
     add_generation_options(parser)
-    arguments, loading, *namespaces = parse(parser, argv)
+    arguments, loading, *namespaces = parse(parser, argv, may_be_empty=["prompt"])
     options = dict(vars(namespaces[0])) if namespaces else {}
     in_range(arguments, 0, "seed", highest=2**32 - 1)
     available_device(loading.device)

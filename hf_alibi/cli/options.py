@@ -6,7 +6,7 @@ abbreviated. Whatever is wrong with them is a `UserError` of one line.
 
 import math
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
@@ -33,11 +33,16 @@ class OptionParser(HfArgumentParser):
         raise UserError(f"{message} ({self.prog} --help lists the options)")
 
 
-def parse(parser: OptionParser, argv: Sequence[str] | None) -> tuple[Any, ...]:
+def parse(parser: OptionParser, argv: Sequence[str] | None, may_be_empty: Collection[str] = ()) -> tuple[Any, ...]:
     """The dataclasses that `parser` fills from `argv`, and a namespace of what other options were given.
 
+    Args:
+        parser: It has been made of dataclasses, and may have other options.
+        argv: Arguments; None: those of the process.
+        may_be_empty: Options for which an empty text means something.
+
     Raises:
-        UserError: An option is unknown, lacks its value or has a bad one, or a number is NaN.
+        UserError: An option is unknown, lacks its value or has a bad one, a number is NaN, or a text is empty.
     """
     try:
         *filled, unknown = parser.parse_args_into_dataclasses(
@@ -51,6 +56,8 @@ def parse(parser: OptionParser, argv: Sequence[str] | None) -> tuple[Any, ...]:
         parser.error(f"unknown arguments: {' '.join(unknown)}{_suggestion(parser, unknown)}")
     for arguments in filled:
         for name, value in vars(arguments).items():
+            if value == "" and parser.get_default(name) != "" and name not in may_be_empty:
+                raise UserError(f"--{name} is empty; give a value or leave it out")
             if any(isinstance(number, float) and math.isnan(number) for number in _listed(value)):
                 raise UserError(f"--{name} must be a number, got {value}")
     return tuple(filled)

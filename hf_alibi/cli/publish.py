@@ -51,6 +51,3 @@ def check(arguments: PublishArguments) -> None:
     """Raise `UserError` for what Transformers and the Hub's client would find out late, or not at all."""
     if not SHARD_SIZE.fullmatch(arguments.max_shard_size):
         raise UserError(f"--max_shard_size must be a size such as 500MB or 5GB, got {arguments.max_shard_size!r}")
-    for name in ("folder", "repo_id", "revision", "token"):
-        if getattr(arguments, name) == "":
-            raise UserError(f"--{name} is empty; give a value or leave it out")

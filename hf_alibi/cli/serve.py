@@ -12,10 +12,10 @@ import json
 import math
 import socket
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from textwrap import shorten
 from typing import Annotated, Any
 
-import click
 import transformers
 import typer
 from transformers.cli.serve import Serve
@@ -26,6 +26,9 @@ from ..errors import UserError
 from ..hub.checkpoints import LOADING_ERRORS, available_device, check_vocabulary, load_config, load_tokenizer
 from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM
 from ..positions.sinusoidal import SinusoidalGPTForCausalLM
+
+# Click's exception for a wrong command line. Typer brings Click along, under a name of its own in its newer versions.
+UsageError: Any = typer.BadParameter.__base__
 
 # What Transformers does elsewhere than in chat and completions, or with more models than one.
 NOT_OPTIONS = {"decision_config", "model_timeout", "non_blocking", "reasoning"}
@@ -53,9 +56,9 @@ def run_typer(function: Callable[..., Any], argv: Sequence[str] | None, name: st
             ]
     try:
         command.main(None if argv is None else list(argv), name, standalone_mode=False)
-    except click.ClickException as error:
+    except UsageError as error:
         raise UserError(f"{error.format_message()} ({name} --help lists the options)") from error
-    except click.Abort:
+    except typer.Abort:
         raise KeyboardInterrupt from None
 
 
@@ -92,17 +95,19 @@ def serve(
 def check(force_model: str, options: dict[str, Any]) -> None:
     """Raise `UserError` for what would fail only after the model has been loaded, or with a traceback."""
     trust = options["trust_remote_code"]
-    config = load_config(force_model.partition("@")[0], trust_remote_code=trust)
+    path = force_model if Path(force_model).exists() else force_model.partition("@")[0]  # without a revision
+    config = load_config(path, trust_remote_code=trust)
     architecture = (config.architectures or ["no model"])[0]
     if not hasattr(transformers, architecture):
         raise UserError(f"{force_model} holds {architecture}; a language model, AlibiGPTForCausalLM, can be served")
-    check_vocabulary(load_tokenizer(force_model.partition("@")[0], trust_remote_code=trust), config)
+    check_vocabulary(load_tokenizer(path, trust_remote_code=trust), config)
     if options["log_level"].lower() not in logging.log_levels:
         raise UserError(f"--log_level must be one of {', '.join(logging.log_levels)}, got {options['log_level']}")
     if options["dtype"] not in (None, "auto", "float32", "bfloat16", "float16"):
         raise UserError(f"--dtype must be auto, float32, bfloat16 or float16, got {options['dtype']}")
-    if options["device"] != "auto":
-        available_device(options["device"])
+    device = options["device"]
+    if device != "auto":
+        available_device(int(device) if device.isdigit() else device)
     if options["chat_template_kwargs"]:
         try:
             is_object = isinstance(json.loads(options["chat_template_kwargs"]), dict)
@@ -122,6 +127,8 @@ def check(force_model: str, options: dict[str, Any]) -> None:
 
 def _check_address(host: str, port: int) -> None:
     """Raise `UserError` if no server can listen there."""
+    if not 0 <= port <= 65_535:
+        raise UserError(f"--port must be from 0 to 65535, got {port}")
     try:
         for family, kind, protocol, _, address in socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -129,7 +136,7 @@ def _check_address(host: str, port: int) -> None:
             with socket.socket(family, kind, protocol) as tried:
                 tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 tried.bind(address)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise UserError(f"cannot listen at --host {host} --port {port}: {error}") from error
 
 

@@ -34,7 +34,7 @@ Returns:
 
 
 class Perplexity(evaluate.Metric):
-    """Perplexity of documents read as one stream, as `hf_alibi.evaluation.perplexity` explains; see `INPUTS_DESCRIPTION`."""
+    """Perplexity of documents read as one stream, as `evaluation/perplexity.py` explains; see `INPUTS_DESCRIPTION`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

@@ -180,7 +180,7 @@ def _load_weights(path: str | Path, **kwargs: Any) -> Any:
     return model
 
 
-def available_device(device: str | torch.device | None) -> torch.device:
+def available_device(device: str | int | torch.device | None) -> torch.device:
     """`device`, or the accelerator of this machine, or the CPU.
 
     Raises:

@@ -77,7 +77,7 @@ def build_server(
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in KEPT_PATHS]
     model_id = model_manager.process_model_name(str(model_manager.force_model))
     model, processor = model_manager.load_model_and_processor(model_id)  # it is loaded already
-    tokenizer: PreTrainedTokenizerBase = getattr(processor, "tokenizer", processor)
+    tokenizer: Any = getattr(processor, "tokenizer", processor)
     use_cb = generation_state.use_continuous_batching(model, Modality.LLM)
     manager = generation_state.get_manager(model_id, use_cb=use_cb)
     if use_cb:

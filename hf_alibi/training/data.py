@@ -67,8 +67,8 @@ CHAT_TEMPLATE = r"""
 """A conversation as training sees texts: each message is a document, whose first line says who speaks.
 
 Content is a text, or a list of parts of type text, which are joined. What an assistant says, and the token that ends
-it, is marked for trainers that learn from it alone (TRL's ``assistant_only_loss``). The first messages of a conversation
-give the same text as the beginning of the whole.
+it, is marked for trainers that learn from it alone (TRL's ``assistant_only_loss``). What the first messages of a
+conversation give is how the whole begins.
 """
 
 # Tests outweigh the library; the tables of `encodings` are hardly text; packages and build settings differ by machine.
