@@ -7,18 +7,28 @@
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NamedTuple
 
 from .errors import UserError, run
+from .version import __version__
+
+
+class Command(NamedTuple):
+    """What the help says about a command, and the extra of the package that it needs."""
+
+    summary: str
+    extra: str
+
 
 COMMANDS = {
-    "train": "train a model from scratch, or fine-tune a checkpoint",
-    "evaluate": "perplexity against length: a table, a plot, a JSON file",
-    "generate": "continue a prompt of any length",
-    "publish": "upload a checkpoint to the Hub with a card, and check that it loads from there",
-    "refresh": "bring the present code to a checkpoint that was saved earlier",
-    "serve": "serve a checkpoint with an OpenAI-compatible API",
-    "chat": "chat with a served checkpoint in the terminal",
-    "benchmark": "measure attention, models and generation on this machine",
+    "train": Command("train a model from scratch, or fine-tune a checkpoint", "train"),
+    "evaluate": Command("perplexity against length: a table, a plot, a JSON file", "train"),
+    "generate": Command("continue a prompt of any length", "train"),
+    "publish": Command("upload a checkpoint to the Hub with a card, and check that it loads from there", "train"),
+    "refresh": Command("bring the present code to a checkpoint that was saved earlier", "train"),
+    "serve": Command("serve a checkpoint with an OpenAI-compatible API", "serve"),
+    "chat": Command("chat with a served checkpoint in the terminal", "serve"),
+    "benchmark": Command("measure attention, models and generation on this machine", "train"),
 }
 
 
@@ -27,18 +37,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     command, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):
         print(usage())
-    elif command in COMMANDS:
-        sys.argv[0] = f"hf_alibi {command}"  # the name in usage lines
-        import_module(f".cli.{command}", __package__).main(arguments)
-    else:
+    elif command == "--version":
+        print(f"hf_alibi {__version__}")
+    elif command not in COMMANDS:
         raise UserError(f"hf_alibi has no command {command!r}, only {', '.join(COMMANDS)}")
+    else:
+        sys.argv[0] = f"hf_alibi {command}"  # the name in usage lines
+        try:
+            module = import_module(f".cli.{command}", __package__)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] in ("", "hf_alibi"):
+                raise
+            extra = COMMANDS[command].extra
+            message = f"hf_alibi {command} needs the package {error.name}: pip install 'hf_alibi[{extra}]'"
+            raise UserError(message) from error
+        module.main(arguments)
 
 
 def usage() -> str:
     """Returns the help text: one line for each command."""
-    lines = [f"  {name:<10} {summary}" for name, summary in COMMANDS.items()]
+    lines = [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
-        ["usage: hf_alibi COMMAND [options]", "", *lines, "", "hf_alibi COMMAND --help lists its options."]
+        [
+            "usage: hf_alibi COMMAND [options]",
+            "       hf_alibi --version",
+            "",
+            *lines,
+            "",
+            "hf_alibi COMMAND --help lists its options.",
+        ]
     )
 
 

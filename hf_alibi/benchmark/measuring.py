@@ -37,7 +37,8 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from ..evaluation.plots import COLOURS, MARKERS
+from ..evaluation.plots import COLOURS, MARKERS, dress
+from ..tables import aligned
 from ..version import __version__
 
 if TYPE_CHECKING:
@@ -267,9 +268,7 @@ def table(records: Sequence[Record], columns: Sequence[str]) -> str:
     rows = [[heading for heading, _ in formats]]
     for record in records:
         rows.append(["-" if record[key] is None else format(record[key], COLUMNS[key][1]) for key in columns])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = [f"{'>' if spec else '<'}{width}" for (_, spec), width in zip(formats, widths, strict=True)]
-    lines = ["  ".join(map(format, row, aligned)).rstrip() for row in rows]
+    lines = [aligned(rows, left=[index for index, (_, spec) in enumerate(formats) if not spec])]
     for record in records:
         if record[REASON] is not None:
             which = [str(record[key]) for key in (TASK, DTYPE, LENGTH, IMPLEMENTATION) if key in columns]
@@ -285,7 +284,6 @@ def plot(records: Sequence[Record], key: str, ylabel: str, path: Path) -> None:
     figure = Figure(figsize=(6.5 * len(tasks), 4.2 * len(dtypes)), dpi=140, layout="constrained")
     panels = figure.subplots(len(dtypes), len(tasks), squeeze=False).flat
     for axes, (dtype, task) in zip(panels, product(dtypes, tasks), strict=True):
-        axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         ends = []
         for name, colour, marker in zip(names, cycle(COLOURS), cycle(MARKERS), strict=False):
@@ -295,13 +293,9 @@ def plot(records: Sequence[Record], key: str, ylabel: str, path: Path) -> None:
                 axes.plot(lengths, values, color=colour, marker=marker, linewidth=2, markersize=5)
                 ends.append((values[-1], lengths[-1], name, colour))
         _label_lines(axes, ends)
-        axes.set_title(f"{task}, {dtype}", loc="left", fontweight="bold")
+        dress(axes, f"{task}, {dtype}")
         axes.set(xlabel="length in tokens", ylabel=ylabel)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter("{x:,g}")
-        axes.grid(color="#E5E5E5")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.yaxis.set_major_formatter("{x:,g}")
     figure.savefig(path)
 
 

@@ -15,24 +15,20 @@ differ for the same weights.
 generation: a decoded token after a long prompt, what the cache takes, and the prefill in chunks; the models' own cost,
 without what `generate` adds.
 
-How time and memory are measured is told in hf_alibi/benchmarking.py, what is measured in benchmark_subjects.py.
+How time and memory are measured is told in hf_alibi/benchmark/measuring.py, what is measured in subjects.py.
 PREFIX.json gets every figure with hardware and versions, PREFIX.png a plot. "-" stands for what was not measured,
 with the reason below the table.
 """
 
 import json
-from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, NamedTuple
 
 import torch
-from transformers import HfArgumentParser
 
 from ..benchmark import subjects
 from ..benchmark.measuring import (
@@ -61,6 +57,8 @@ from ..benchmark.measuring import (
     table,
 )
 from ..errors import UserError
+from ..hub.checkpoints import available_device
+from .options import OptionParser, check_output, in_range
 
 DTYPES = ["float32", "bfloat16", "float16"]
 MEASURED = (IMPLEMENTATION, MILLISECONDS, RATIO, PEAK_MIB)  # what every table shows
@@ -148,14 +146,16 @@ class Report(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Benchmark as the command line `argv` (default: the process's own) says."""
-    parser = ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=HfArgumentParser)
+    parser = OptionParser([], description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=OptionParser)
     for name, (arguments_class, _) in COMMANDS.items():
         about = arguments_class.__doc__
-        commands.add_parser(name, dataclass_types=arguments_class, help=about, description=about, allow_abbrev=False)
-    values = vars(parser.parse_args(argv))
-    arguments_class, measure = COMMANDS[values.pop("command")]
-    arguments = arguments_class(**values)
+        commands.add_parser(name, dataclass_types=arguments_class, help=about, description=about)
+    values, unknown = parser.parse_known_args(argv)
+    arguments_class, measure = COMMANDS[values.command]
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    arguments = arguments_class(**{name: value for name, value in vars(values).items() if name != "command"})
     check(arguments)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -177,25 +177,20 @@ def write(report: Report, arguments: MeasuringArguments, prefix: Path) -> None:
 
 def check(arguments: MeasuringArguments) -> None:
     """Raise `UserError` for what cannot be measured, before hours are spent."""
-    for name, value in vars(arguments).items():
-        numbers = value if isinstance(value, list) else [value]
-        if any(type(number) in (int, float) and number <= 0 for number in numbers):
-            raise UserError(f"--{name} must be positive, got {value}")
+    numbers = [name for name, value in vars(arguments).items() if _is_numeric(value)]
+    for name in numbers:
+        in_range(arguments, 1 if name != "memory_gib" else 0.001, name, highest=2.0**31)
     if arguments.device.partition(":")[0] not in ("cpu", "cuda"):
         raise UserError(f"--device must be cpu or cuda, got {arguments.device}")
-    try:
-        torch.empty(0, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
-        raise UserError(f"device {arguments.device} is not available: {shorten(str(error), 120)}") from error
+    available_device(arguments.device)
     if isinstance(arguments, ShapeArguments) and arguments.hidden_size % arguments.num_heads:
         raise UserError(f"--hidden_size {arguments.hidden_size} does not divide into {arguments.num_heads} heads")
-    if arguments.output_prefix is not None:
-        if find_spec("matplotlib") is None:
-            raise UserError("drawing the plot needs matplotlib: pip install 'hf_alibi[train]'")
-        try:
-            arguments.output_prefix.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder of --output_prefix: {error}") from error
+    check_output(arguments.output_prefix)
+
+
+def _is_numeric(value: Any) -> bool:
+    """Whether `value` is a number or a list of them."""
+    return all(type(number) in (int, float) for number in (value if isinstance(value, list) else [value]))
 
 
 def attention(arguments: AttentionArguments) -> Report:

@@ -5,10 +5,23 @@ hf_alibi chat runs/books
 """
 
 from collections.abc import Sequence
+from textwrap import shorten
 
-from .serve import run_transformers
+from huggingface_hub.errors import HTTPError
+from transformers.cli.chat import Chat
+
+from ..errors import UserError
+from .serve import run_typer
+
+# What Transformers raises where no server answers, or for settings and files that it cannot read.
+CHAT_ERRORS = (HTTPError, OSError, ValueError, TypeError, RuntimeError, ImportError)
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Chat as the command line `argv` says."""
-    run_transformers(["chat", *argv])
+    try:
+        run_typer(Chat, argv, "hf_alibi chat")
+    except UserError:
+        raise
+    except CHAT_ERRORS as error:
+        raise UserError(f"cannot chat: {shorten(str(error), 300)}") from error

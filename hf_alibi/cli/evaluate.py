@@ -5,11 +5,11 @@
 
 writes runs/demo/extrapolation.json and runs/demo/extrapolation.png. Without --stride the windows do not overlap; with
 --stride S they begin S tokens apart and the last S targets of each are scored. The protocols and units are explained
-in hf_alibi/evaluation.py. The text is the validation split of the standard library's source files, of a dataset
-(--dataset_name), or a file of your own (--validation_file). Each checkpoint reads it with its own tokenizer: where
-these differ, compare bits per byte and not perplexity. --config_overrides "alibi_scaling={'type': 'dynamic'}" shows
-what position interpolation does; for that, --tokens_per_forward must be the longest length or more, because slopes
-that depend on the length do so for each forward pass.
+in hf_alibi/evaluation/perplexity.py. The text is the validation split of the standard library's source files, of a
+dataset (--dataset_name), or a file of your own (--validation_file). Each checkpoint reads it with its own tokenizer:
+where these differ, compare bits per byte and not perplexity. --config_overrides "alibi_scaling={'type': 'dynamic'}"
+shows what position interpolation does; for that, --tokens_per_forward must be the longest length or more, because
+slopes that depend on the length do so for each forward pass.
 """
 
 import json
@@ -18,13 +18,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
-
-from ..errors import UserError, parse_arguments
+from ..errors import UserError
 from ..evaluation.perplexity import encode_stream, mean_by_doubling, perplexity_by_length
 from ..evaluation.plots import Curve, plot_extrapolation
-from ..hub.checkpoints import LoadingArguments, load_causal_lm, load_config
+from ..hub.checkpoints import LoadingArguments, available_device, load_causal_lm, load_config
+from ..tables import aligned
 from ..training.data import load_file_corpus, load_hub_corpus, standard_library_corpus
+from .options import OptionParser, check_output, in_range, parse
 
 
 @dataclass
@@ -61,27 +61,17 @@ class EvaluationArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate as the command line `argv` (default: the process's own) says."""
-    parser = HfArgumentParser(
-        [EvaluationArguments, LoadingArguments],  # type: ignore[list-item]  # Transformers' annotation is too narrow
-        description=__doc__.partition("\n")[0],
-        allow_abbrev=False,
-    )
-    arguments, loading = parse_arguments(parser, argv)
-    paths = arguments.model_name_or_path
-    labels = arguments.labels or [Path(path).name for path in paths]
-    if len(labels) != len(paths):
-        raise UserError(f"there are {len(labels)} --labels for {len(paths)} checkpoints; give one for each")
-    for path in paths:  # a mistake in the last one should not show after hours of evaluating the first
-        load_config(path, trust_remote_code=loading.trust_remote_code, config_overrides=loading.config_overrides)
+    parser = OptionParser([EvaluationArguments, LoadingArguments], description=__doc__.partition("\n")[0])
+    arguments, loading = parse(parser, argv)
+    labels = check(arguments, loading)
     documents = load_documents(arguments)
-    lengths = sorted(set(arguments.lengths))
-    curves = []
-    for path, label in zip(paths, labels, strict=True):
+    curves: list[Curve] = []
+    for path, label in zip(arguments.model_name_or_path, labels, strict=True):
         model, tokenizer = load_causal_lm(path, **asdict(loading))
         results = perplexity_by_length(
             model,
             encode_stream(tokenizer, documents, arguments.max_tokens + 1),
-            lengths,
+            sorted(set(arguments.lengths)),
             arguments.stride,
             tokenizer=tokenizer,
             tokens_per_forward=arguments.tokens_per_forward,
@@ -89,11 +79,35 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         longest = getattr(model.config, "max_position_embeddings", None)  # what other models were trained at
         curves.append(Curve(label, getattr(model.config, "training_length", longest), results))
+        if arguments.output_prefix is not None:
+            # After each checkpoint: what goes wrong with a later one takes nothing away.
+            write_results(curves, arguments.output_prefix)
     windows = "non-overlapping windows" if arguments.stride is None else f"windows {arguments.stride} tokens apart"
     print(table(curves))
     print(f"perplexity per token (bits per byte), the same target tokens at every length, {windows}")
     if arguments.output_prefix is not None:
-        write(curves, arguments.output_prefix)
+        plot_extrapolation(curves, arguments.output_prefix.with_name(arguments.output_prefix.name + ".png"))
+
+
+def check(arguments: EvaluationArguments, loading: LoadingArguments) -> list[str]:
+    """Return the labels; raise `UserError` for what would only show after hours of evaluating."""
+    paths = arguments.model_name_or_path
+    labels = arguments.labels or [Path(path).resolve().name for path in paths]
+    if len(labels) != len(paths):
+        raise UserError(f"there are {len(labels)} --labels for {len(paths)} checkpoints; give one for each")
+    in_range(arguments, 1, "lengths", "stride", "max_tokens", "tokens_per_forward")
+    if arguments.stride is not None and arguments.stride > min(arguments.lengths):
+        raise UserError(
+            f"the stride must be from 1 to the length, but stride is {arguments.stride} "
+            f"and length {min(arguments.lengths)}"
+        )
+    if max(arguments.lengths) > arguments.max_tokens:
+        raise UserError(f"--max_tokens {arguments.max_tokens} is less than the longest of --lengths")
+    available_device(loading.device)
+    for path in paths:
+        load_config(path, trust_remote_code=loading.trust_remote_code, config_overrides=loading.config_overrides)
+    check_output(arguments.output_prefix)
+    return labels
 
 
 def load_documents(arguments: EvaluationArguments) -> Iterable[str]:
@@ -112,18 +126,19 @@ def table(curves: Sequence[Curve]) -> str:
     """Perplexity and bits per byte: a row for each length, a column for each checkpoint, the targets below."""
     rows = [["length", *(curve.label for curve in curves)]]
     for results in zip(*(curve.results for curve in curves), strict=True):
-        rows.append([str(results[0].length), *(f"{r.perplexity:.2f} ({r.bits_per_byte:.3f})" for r in results)])
+        cells = []
+        for result in results:
+            bits = "-" if result.bits_per_byte is None else f"{result.bits_per_byte:.3f}"
+            cells.append(f"{result.perplexity:.2f} ({bits})")
+        rows.append([str(results[0].length), *cells])
     rows.append(["tokens", *(f"{curve.results[0].num_targets:,}" for curve in curves)])
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return aligned(rows)
 
 
-def write(curves: Sequence[Curve], prefix: Path) -> None:
-    """Write PREFIX.json, with the loss by position as means over doubling ranges, and PREFIX.png."""
+def write_results(curves: Sequence[Curve], prefix: Path) -> None:
+    """Write PREFIX.json, with the loss by position as means over doubling ranges."""
     models = []
     for curve in curves:
         results = [asdict(r) | {"nats_by_position": mean_by_doubling(r.nats_by_position)} for r in curve.results]
         models.append({"label": curve.label, "training_length": curve.training_length, "results": results})
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    prefix.with_name(prefix.name + ".json").write_text(json.dumps({"models": models}, indent=2) + "\n")
-    plot_extrapolation(curves, prefix.with_name(prefix.name + ".png"))
+    prefix.with_name(prefix.name + ".json").write_text(json.dumps({"models": models}, indent=2) + "\n", "utf-8")

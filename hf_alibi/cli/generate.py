@@ -3,41 +3,36 @@
     hf_alibi generate --model_name_or_path runs/demo/alibi --prompt "def main" --max_new_tokens 200
     head -n 500 book.txt | hf_alibi generate --model_name_or_path runs/demo/alibi --do_sample --top_p 0.9
 
-The prompt is --prompt, or the text of --prompt_file, or standard input, taken as it is to the last newline. Standard
-output gets the continuation and a newline, nothing else. Every argument that transformers.GenerationConfig documents
-is an option of the same name, with JSON for lists and dictionaries (--stop_strings '["END", "STOP"]'). Options that
-are not given keep the values of the checkpoint's generation_config.json.
+The prompt is --prompt, or the UTF-8 text of --prompt_file, or standard input, taken as it is to the last newline. It
+is tokenized as `tokenizer(prompt)` does: a special token that is spelled out in it is that token. Standard output gets
+the continuation and a newline, nothing else. Every argument that transformers.GenerationConfig documents is an option
+of the same name, with JSON for lists and dictionaries (--stop_strings '["END", "STOP"]'). Options that are not given
+keep the values of the checkpoint's generation_config.json.
 """
 
-import argparse
-import inspect
-import json
 import os
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
-    GenerationConfig,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TextStreamer,
     set_seed,
 )
-from transformers.hf_argparser import string_to_bool
 
-from ..errors import UserError, parse_arguments
+from ..errors import UserError
 from ..evaluation.perplexity import position_limit
-from ..hub.checkpoints import LoadingArguments, load_causal_lm
+from ..hub.checkpoints import LoadingArguments, available_device, load_causal_lm, load_config
+from .generation_options import add_generation_options, check_generation_options
+from .options import OptionParser, in_range, parse
 
-# Arguments of GenerationConfig that take a Python object, or that only add to what `generate` returns to Python.
-NOT_OPTIONS = {"compile_config", "return_dict_in_generate", *GenerationConfig.extra_output_flags}
 DEFAULT_NEW_TOKENS = 256
 
 
@@ -54,20 +49,25 @@ class GenerationArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Generate as the command line `argv` (default: the process's own) says."""
-    parser = HfArgumentParser(
-        [GenerationArguments, LoadingArguments],  # type: ignore[list-item]  # Transformers' annotation is too narrow
+    parser = OptionParser(
+        [GenerationArguments, LoadingArguments],
         description=__doc__.partition("\n")[0],
         usage="%(prog)s --model_name_or_path CHECKPOINT [--prompt TEXT | --prompt_file FILE] [options]",
-        allow_abbrev=False,
     )
     add_generation_options(parser)
-    arguments, loading, *options = parse_arguments(parser, argv)
+    arguments, loading, *namespaces = parse(parser, argv, may_be_empty=["prompt"])
+    options = dict(vars(namespaces[0])) if namespaces else {}
+    in_range(arguments, 0, "seed", highest=2**32 - 1)
+    available_device(loading.device)
+    path = arguments.model_name_or_path
+    config = load_config(path, trust_remote_code=loading.trust_remote_code, config_overrides=loading.config_overrides)
+    check_generation_options(options, config.vocab_size)
     prompt = read_prompt(arguments)
+    model, tokenizer = load_causal_lm(path, **asdict(loading))
+    input_ids = encode_prompt(tokenizer, prompt)
+    configure(model, input_ids, options)
     if arguments.seed is not None:
         set_seed(arguments.seed)
-    model, tokenizer = load_causal_lm(arguments.model_name_or_path, **asdict(loading))
-    input_ids = encode_prompt(tokenizer, prompt)
-    configure(model, input_ids, dict(vars(options[0])) if options else {})
     try:
         if arguments.include_prompt:
             print(prompt, end="", flush=True)
@@ -76,46 +76,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def add_generation_options(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `GenerationConfig` to `parser`; those that are not given are left out of its result.
-
-    Only its docstring says what type an argument has, so types and help texts are read there. Deprecated arguments are
-    not documented and hence no options.
-    """
-    group = parser.add_argument_group("arguments of GenerationConfig")
-    entry = re.compile(r"^ {4}(?P<name>\w+):? *\((?P<type>.+)\):\n(?P<text>(?: {8}.+\n)+)", re.MULTILINE)
-    for argument in entry.finditer(inspect.cleandoc(GenerationConfig.__doc__ or "") + "\n"):
-        if argument["name"] in NOT_OPTIONS:
-            continue
-        first_sentence = re.split(r"(?<=\.)\s", " ".join(argument["text"].split()))[0]
-        settings: dict[str, Any] = {"type": value_parser(argument["type"]), "help": first_sentence.replace("%", "%%")}
-        if settings["type"] is string_to_bool:
-            settings |= {"nargs": "?", "const": True}  # --do_sample means --do_sample true
-        group.add_argument(f"--{argument['name']}", default=argparse.SUPPRESS, **settings)
-
-
-def value_parser(documented_type: str) -> Callable[[str], Any]:
-    """The reader of values of a type as documented: "`int`, *optional*"."""
-    scalars: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "bool": string_to_bool}
-    return scalars.get(documented_type.split(",")[0].strip("`"), json_or_text)
-
-
-def json_or_text(value: str) -> Any:
-    """`value` read as JSON, or as it is if it is none: arguments of several types accept plain words too."""
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError:
-        return value
-
-
 def read_prompt(arguments: GenerationArguments) -> str:
-    """The text to continue, from the command line, a file or standard input."""
+    """The text to continue, from the command line, a file or standard input; its line ends stay as they are."""
     if arguments.prompt is not None:
-        return arguments.prompt
+        source, read = "--prompt", lambda: os.fsencode(str(arguments.prompt))
+    elif arguments.prompt_file != "-":
+        source, read = arguments.prompt_file, Path(arguments.prompt_file).read_bytes
+    elif sys.stdin is None:
+        raise UserError("there is no standard input to read the prompt from; give --prompt or --prompt_file")
+    else:
+        source, read = "standard input", sys.stdin.buffer.read
     try:
-        return sys.stdin.read() if arguments.prompt_file == "-" else Path(arguments.prompt_file).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        source = "standard input" if arguments.prompt_file == "-" else arguments.prompt_file
+        return read().decode("utf-8")
+    except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8, or a path with a NUL
         raise UserError(f"cannot read the prompt from {source}: {error}") from error
 
 
@@ -155,8 +128,11 @@ def print_continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         sequences = model.generate(  # type: ignore[operator]  # every causal model has it, PreTrainedModel has not
             input_ids, attention_mask=torch.ones_like(input_ids), streamer=streamer, tokenizer=tokenizer
         )
-    except ValueError as error:
+    except (ValueError, NotImplementedError, ImportError, OverflowError) as error:
+        # What only the model can tell of its settings: a combination, a cache or an attention that it does not have.
         raise UserError(f"these options cannot be used for generation: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of memory: {shorten(str(error), 200)}") from error
     if not is_stream:
         for sequence in sequences:
             print(tokenizer.decode(sequence[input_ids.shape[1] :], skip_special_tokens=True))

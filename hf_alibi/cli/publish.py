@@ -9,14 +9,16 @@ the table and the plot of hf_alibi evaluate in the card, and compares the logits
 Log in with `hf auth login` before. An upload that broke off goes on when the command is repeated.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from transformers import HfArgumentParser
-
-from ..errors import parse_arguments
+from ..errors import UserError
 from ..hub.model_card import CardArguments
 from ..hub.publish import publish
+from .options import OptionParser, parse
+
+SHARD_SIZE = re.compile(r"[1-9][0-9]*([KMGT]i?B)?", re.IGNORECASE)
 
 
 @dataclass
@@ -39,10 +41,13 @@ class PublishArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Publish as the command line `argv` (default: the process's own) says."""
-    parser = HfArgumentParser(
-        [PublishArguments, CardArguments],  # type: ignore[list-item]  # Transformers' annotation is too narrow
-        description=__doc__.partition("\n")[0],
-        allow_abbrev=False,
-    )
-    arguments, card = parse_arguments(parser, argv)
+    parser = OptionParser([PublishArguments, CardArguments], description=__doc__.partition("\n")[0])
+    arguments, card = parse(parser, argv)
+    check(arguments)
     publish(**asdict(arguments), card=card)
+
+
+def check(arguments: PublishArguments) -> None:
+    """Raise `UserError` for what Transformers and the Hub's client would find out late, or not at all."""
+    if not SHARD_SIZE.fullmatch(arguments.max_shard_size):
+        raise UserError(f"--max_shard_size must be a size such as 500MB or 5GB, got {arguments.max_shard_size!r}")

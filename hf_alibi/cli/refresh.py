@@ -10,10 +10,8 @@ with --trust_remote_code; otherwise the model of this package takes its place in
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from transformers import HfArgumentParser
-
-from ..errors import parse_arguments
 from ..hub.refresh import refresh
+from .options import OptionParser, parse
 
 
 @dataclass
@@ -35,13 +33,9 @@ class RefreshArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Refresh as the command line `argv` (default: the process's own) says."""
-    parser = HfArgumentParser(
-        [RefreshArguments],  # type: ignore[list-item]  # Transformers' annotation is too narrow
-        description=__doc__.partition("\n")[0],
-        allow_abbrev=False,
-    )
+    parser = OptionParser([RefreshArguments], description=__doc__.partition("\n")[0])
     parser.add_argument(
         "checkpoint", help="A folder, which is changed in place, or a repository, which gets a commit."
     )
-    arguments, rest = parse_arguments(parser, argv)
+    arguments, rest = parse(parser, argv)
     refresh(rest.checkpoint, **asdict(arguments))

@@ -3,38 +3,63 @@
     hf_alibi serve runs/books --port 8000
 
 Everything is as in `transformers serve`, but that it serves one checkpoint, has the guards of `serving/server.py` and
-the option --max-total-tokens.
+the option --max_total_tokens. Options that would have no effect here are left out.
 """
 
 import functools
 import inspect
-from collections.abc import Sequence
+import json
+import math
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from textwrap import shorten
 from typing import Annotated, Any
 
 import transformers
 import typer
 from transformers.cli.serve import Serve
-from transformers.cli.transformers import app
+from transformers.utils import logging
 from transformers.utils.import_utils import is_serve_available
 
 from ..errors import UserError
-from ..hub.checkpoints import LOADING_ERRORS, load_config
+from ..hub.checkpoints import LOADING_ERRORS, available_device, check_vocabulary, load_config, load_tokenizer
 from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM
 from ..positions.sinusoidal import SinusoidalGPTForCausalLM
 
+# Click's exception for a wrong command line. Typer brings Click along, under a name of its own in its newer versions.
+UsageError: Any = typer.BadParameter.__base__
 
-def main(argv: Sequence[str]) -> None:
+# What Transformers does elsewhere than in chat and completions, or with more models than one.
+NOT_OPTIONS = {"decision_config", "model_timeout", "non_blocking", "reasoning"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Serve as the command line `argv` says."""
-    run_transformers(["serve", *argv])
+    run_typer(serve, argv, "hf_alibi serve")
 
 
-def run_transformers(argv: Sequence[str]) -> None:
-    """Run Transformers' command line with these models and this `serve`."""
-    for model_class in (AlibiGPTForCausalLM, SinusoidalGPTForCausalLM):
-        setattr(transformers, model_class.__name__, model_class)  # where Transformers' server looks for it
-    app.command(name="serve")(serve)
-    app(args=list(argv), prog_name="hf_alibi")
+def run_typer(function: Callable[..., Any], argv: Sequence[str] | None, name: str) -> None:
+    """Call `function` with the arguments in `argv`, whose options are spelled with underscores, or with dashes.
+
+    Raises:
+        UserError: An argument is unknown, missing or has a bad value.
+    """
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command()(function)
+    command = typer.main.get_command(app)
+    command.context_settings = {"token_normalize_func": lambda token: token.replace("-", "_")}
+    for parameter in command.params:
+        for spellings in (parameter.opts, parameter.secondary_opts):
+            spellings[:] = [
+                "--" + option[2:].replace("-", "_") if option[:2] == "--" else option for option in spellings
+            ]
+    try:
+        command.main(None if argv is None else list(argv), name, standalone_mode=False)
+    except UsageError as error:
+        raise UserError(f"{error.format_message()} ({name} --help lists the options)") from error
+    except typer.Abort:
+        raise KeyboardInterrupt from None
 
 
 def serve(
@@ -47,7 +72,7 @@ def serve(
     """Serve a checkpoint with an OpenAI-compatible API: completions and chat, streamed or not.
 
     Endpoints: POST /v1/completions, POST /v1/chat/completions, GET /v1/models, GET /health. Requests wait in line,
-    or run together with --continuous-batching.
+    or run together with --continuous_batching.
     """
     if not is_serve_available():
         raise UserError("the server needs further packages: pip install 'hf_alibi[serve]'")
@@ -55,18 +80,72 @@ def serve(
 
     from ..serving import server as guarded
 
-    config = load_config(force_model.partition("@")[0], trust_remote_code=options["trust_remote_code"])
-    architecture = (config.architectures or ["no model"])[0]
-    if not hasattr(transformers, architecture):
-        raise UserError(f"{force_model} holds {architecture}; a language model, AlibiGPTForCausalLM, can be served")
+    for model_class in (AlibiGPTForCausalLM, SinusoidalGPTForCausalLM):
+        setattr(transformers, model_class.__name__, model_class)  # where Transformers' server looks for it
+    check(force_model, options)
     server.build_server = functools.partial(guarded.build_server, max_total_tokens=max_total_tokens)
     try:
         Serve(force_model, **options)
+    except UserError:
+        raise
     except LOADING_ERRORS as error:
         raise UserError(f"cannot serve {force_model}: {shorten(str(error), 300)}") from error
 
 
-_OPTIONS = dict(inspect.signature(Serve).parameters)
-_OPTIONS["force_model"] = _OPTIONS["force_model"].replace(default=inspect.Parameter.empty)
-_OPTIONS["max_total_tokens"] = inspect.signature(serve).parameters["max_total_tokens"]
-serve.__signature__ = inspect.Signature(list(_OPTIONS.values()))  # type: ignore[attr-defined]  # the command line reads it
+def check(force_model: str, options: dict[str, Any]) -> None:
+    """Raise `UserError` for what would fail only after the model has been loaded, or with a traceback."""
+    trust = options["trust_remote_code"]
+    path = force_model if Path(force_model).exists() else force_model.partition("@")[0]  # without a revision
+    config = load_config(path, trust_remote_code=trust)
+    architecture = (config.architectures or ["no model"])[0]
+    if not hasattr(transformers, architecture):
+        raise UserError(f"{force_model} holds {architecture}; a language model, AlibiGPTForCausalLM, can be served")
+    check_vocabulary(load_tokenizer(path, trust_remote_code=trust), config)
+    if options["log_level"].lower() not in logging.log_levels:
+        raise UserError(f"--log_level must be one of {', '.join(logging.log_levels)}, got {options['log_level']}")
+    if options["dtype"] not in (None, "auto", "float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype must be auto, float32, bfloat16 or float16, got {options['dtype']}")
+    device = options["device"]
+    if device != "auto":
+        available_device(int(device) if device.isdigit() else device)
+    if options["chat_template_kwargs"]:
+        try:
+            is_object = isinstance(json.loads(options["chat_template_kwargs"]), dict)
+        except ValueError:
+            is_object = False
+        if not is_object:
+            raise UserError(f"--chat_template_kwargs must be a JSON object, got {options['chat_template_kwargs']}")
+    seed = options["default_seed"]
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise UserError(f"--default_seed must fit into 64 bits, got {seed}")
+    for name, value in options.items():
+        is_count = name.startswith("cb_") and isinstance(value, int | float) and not isinstance(value, bool)
+        if is_count and not 0 < value < math.inf:
+            raise UserError(f"--{name} must be positive, got {value}")
+    _check_address(options["host"], options["port"])
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raise `UserError` if no server can listen there."""
+    if not 0 <= port <= 65_535:
+        raise UserError(f"--port must be from 0 to 65535, got {port}")
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            with socket.socket(family, kind, protocol) as tried:
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                tried.bind(address)
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"cannot listen at --host {host} --port {port}: {error}") from error
+
+
+def _signature() -> inspect.Signature:
+    """The signature that the command line is read by: `serve` with the options of Transformers' `Serve`."""
+    own = inspect.signature(serve).parameters
+    theirs = {name: option for name, option in inspect.signature(Serve).parameters.items() if name not in NOT_OPTIONS}
+    theirs["force_model"] = theirs["force_model"].replace(default=inspect.Parameter.empty)
+    return inspect.Signature([*theirs.values(), own["max_total_tokens"]])
+
+
+serve.__signature__ = _signature()  # type: ignore[attr-defined]  # typer reads it

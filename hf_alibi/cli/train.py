@@ -17,11 +17,10 @@ from dataclasses import asdict, dataclass, field
 from textwrap import shorten
 from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
-    HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,11 +29,37 @@ from transformers import (
 )
 
 from ..errors import UserError
-from ..hub.checkpoints import LOADING_ERRORS, load_causal_lm, parse_overrides
+from ..hub.checkpoints import LOADING_ERRORS, check_vocabulary, load_causal_lm, load_tokenizer, parse_overrides
 from ..training.data import Corpus, load_file_corpus, load_hub_corpus, pack, standard_library_corpus, train_tokenizer
 from ..training.resume import find_checkpoint
 from ..training.run_record import refuse_changes, run_arguments
-from ..training.trainer import check_vocabulary, train
+from ..training.trainer import train
+from .options import OptionParser, in_range, parse
+
+# Numbers among Trainer's arguments, which takes any: those of 1 or more, 0 or more, and between 0 and 1.
+COUNTS = (
+    "eval_accumulation_steps",
+    "gradient_accumulation_steps",
+    "per_device_eval_batch_size",
+    "per_device_train_batch_size",
+    "save_total_limit",
+)
+AMOUNTS = (
+    "adam_epsilon",
+    "dataloader_num_workers",
+    "eval_delay",
+    "eval_steps",
+    "learning_rate",
+    "logging_steps",
+    "max_grad_norm",
+    "neftune_noise_alpha",
+    "num_train_epochs",
+    "save_steps",
+    "warmup_steps",
+    "weight_decay",
+)
+FRACTIONS = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
+MOST = 1e30  # a finite number beyond any use
 
 
 @dataclass
@@ -100,7 +125,13 @@ class DataArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line `argv` (default: the process's own) says."""
-    model_args, data_args, training_args = parse_arguments(argv)
+    parser = OptionParser(
+        [ModelArguments, DataArguments, TrainingArguments],
+        description=__doc__.partition("\n")[0],
+        usage="%(prog)s --output_dir FOLDER [options]",
+    )
+    model_args, data_args, training_args = parse(parser, argv)
+    check(model_args, data_args, training_args)
     arguments = asdict(model_args) | asdict(data_args)
     checkpoint = find_checkpoint(training_args, model_args.fresh_optimizer)
     if checkpoint:
@@ -113,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             model, tokenizer = load_model(model_args, start)
         else:
             model, tokenizer = new_model(model_args, corpus["train"]["text"], data_args.block_size)
+        try_out(model, training_args.device)
         blocks = pack(corpus, tokenizer, data_args.block_size, data_args.isolate_documents)
     for split, limit in [("train", data_args.max_train_samples), ("validation", data_args.max_eval_samples)]:
         if limit is not None and split in blocks:
@@ -128,18 +160,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def parse_arguments(argv: Sequence[str] | None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """The arguments in their three groups; `UserError` if there are unknown ones, or some exclude each other."""
-    parser = HfArgumentParser(
-        [ModelArguments, DataArguments, TrainingArguments],  # type: ignore[list-item]  # Transformers' is too narrow
-        description=__doc__.partition("\n")[0],
-        usage="%(prog)s --output_dir FOLDER [options]",
-        allow_abbrev=False,
-    )
-    try:
-        model_args, data_args, training_args = parser.parse_args_into_dataclasses(args=argv)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+def check(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
+    """Raise `UserError` for options that exclude each other, or that fail only once training has begun or ended."""
     if data_args.dataset_name and (data_args.train_file or data_args.validation_file):
         raise UserError("give either --dataset_name or --train_file and --validation_file, not both")
     if data_args.validation_file and not data_args.train_file:
@@ -148,7 +170,38 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[ModelArguments, DataArg
         raise UserError("--streaming needs --dataset_name or --train_file: the default text is small")
     if data_args.streaming and training_args.max_steps <= 0:
         raise UserError("--streaming needs --max_steps: the length of the data is not known in advance")
-    return model_args, data_args, training_args
+    in_range(data_args, 0, "validation_split_percentage", highest=99)
+    in_range(data_args, 3, "block_size")
+    in_range(data_args, 1, "max_train_samples", "max_eval_samples")
+    in_range(model_args, 1, "vocab_size")
+    in_range(training_args, 1, *COUNTS)
+    in_range(training_args, 0, *AMOUNTS, highest=MOST)
+    in_range(training_args, 0, *FRACTIONS, highest=1)
+    in_range(training_args, 0, "seed", "data_seed", highest=2**32 - 1)
+    if not training_args.eval_do_concat_batches or training_args.batch_eval_metrics:
+        raise UserError("the perplexity needs --eval_do_concat_batches True and --batch_eval_metrics False")
+
+
+def try_out(model: PreTrainedModel, device: torch.device) -> None:
+    """See that the model has finite gradients on the CPU, where it is to be trained there; other devices come later.
+
+    Weights and random numbers are afterwards what they were.
+
+    Raises:
+        UserError: The attention has no backward pass there, or the weights are not usable.
+    """
+    if device.type != "cpu":
+        return
+    input_ids = torch.arange(3)[None] % model.config.vocab_size
+    with torch.random.fork_rng(devices=[]):
+        try:
+            loss = model(input_ids=input_ids, labels=input_ids).loss
+            loss.backward()
+        except (NotImplementedError, ValueError, RuntimeError) as error:
+            raise UserError(f"the model cannot be trained on the CPU: {shorten(str(error), 300)}") from error
+    model.zero_grad()
+    if not loss.isfinite():
+        raise UserError(f"the loss before training is {loss.item()}: the initial weights are damaged or too large")
 
 
 def load_corpus(arguments: DataArguments) -> Corpus:
@@ -201,6 +254,10 @@ def new_model(
     }
     config = new_config(arguments.model_type, values | overrides)
     check_vocabulary(tokenizer, config)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = getattr(config, name)
+        if token is not None and not (isinstance(token, int) and 0 <= token < config.vocab_size):
+            raise UserError(f"--config_overrides: the model has {config.vocab_size} tokens, but no {name} {token}")
     try:
         model = AutoModelForCausalLM.from_config(
             config, dtype=arguments.dtype, attn_implementation=arguments.attn_implementation
@@ -216,11 +273,3 @@ def new_config(model_type: str, values: dict[str, Any]) -> PreTrainedConfig:
         return AutoConfig.for_model(model_type, **values)
     except LOADING_ERRORS as error:
         raise UserError(shorten(str(error), 300)) from error
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer at `path`, with a `UserError` if there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except LOADING_ERRORS as error:
-        raise UserError(f"cannot load a tokenizer from {path}: {shorten(str(error), 300)}") from error

@@ -5,7 +5,7 @@ takes the model as an object::
 
     Perplexity().compute(predictions=texts, model=model, tokenizer=tokenizer, max_length=1024, stride=256)
 
-It is a module apart because ``import evaluate`` finds ``scripts/evaluate.py`` when a script of that folder runs.
+It is a module apart because it needs two more packages, `datasets` and `evaluate`.
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ Returns:
 
 
 class Perplexity(evaluate.Metric):
-    """Perplexity of documents read as one stream, as `hf_alibi.evaluation` explains; see `INPUTS_DESCRIPTION`."""
+    """Perplexity of documents read as one stream, as `evaluation/perplexity.py` explains; see `INPUTS_DESCRIPTION`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -57,6 +57,8 @@ class Perplexity(evaluate.Metric):
         stride: int | None = None,
         tokens_per_forward: int = 2048,
     ) -> dict[str, Any]:
+        if not predictions:
+            raise UserError("there are no predictions to score")
         if not isinstance(predictions[0], str):
             input_ids = torch.tensor([token for document in predictions for token in document])
         elif tokenizer is not None:
@@ -65,7 +67,11 @@ class Perplexity(evaluate.Metric):
             raise UserError("texts need a tokenizer; without one, give lists of token ids")
         length = min(max_length, max(1, len(input_ids) - 1))
         nats = token_nats(model, input_ids, length, stride, tokens_per_forward=tokens_per_forward)
-        result = {"nats": nats.mean().item(), "perplexity": nats.mean().exp().item(), "num_targets": len(nats)}
+        result: dict[str, Any] = {
+            "nats": nats.mean().item(),
+            "perplexity": nats.mean().exp().item(),
+            "num_targets": len(nats),
+        }
         if tokenizer is not None:
             result["bits_per_byte"] = bits_per_byte(nats, input_ids[1:], tokenizer)
         return result

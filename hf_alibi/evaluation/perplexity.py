@@ -48,7 +48,7 @@ class Result:
     nats: float  # mean per target
     nats_stderr: float | None  # standard error of `nats`, from blocks as long as the longest length; None: one block
     perplexity: float
-    bits_per_byte: float | None  # None: no tokenizer was given
+    bits_per_byte: float | None  # None: no tokenizer was given, or the targets have no text
     nats_by_position: tuple[float, ...]  # [length]: mean over the targets which had 1, 2, … tokens of context
 
 
@@ -93,10 +93,12 @@ def token_nats(
 
     A forward pass sees at most `tokens_per_forward` tokens: several short windows in a batch, or a chunk of a long one
     which continues from the KV cache. Memory grows with it, the result does not depend on it. `progress` shows a bar.
-    Raises `UserError` if `input_ids`, `[num_tokens]`, has no such window, if the model cannot read `length` tokens, or
-    if they need chunks and it has no KV cache.
+    Raises `UserError` if `input_ids`, `[num_tokens]`, has no such window, if the model cannot read `length` tokens, if
+    they need chunks and it has no KV cache, or if a loss is not finite.
     """
     stride = length if stride is None else stride
+    if tokens_per_forward < 1:
+        raise UserError(f"tokens_per_forward must be at least 1, got {tokens_per_forward}")
     _check(model, input_ids, length, stride)
     nats = torch.empty(len(input_ids) - 1, dtype=torch.float64)
     plan = windows(len(nats), length, stride)
@@ -108,6 +110,11 @@ def token_nats(
             batch = plan[begin : begin + batch_size]
             rows = torch.stack([input_ids[start : start + length + 1] for start, _ in batch])  # [B, length + 1]
             scored = _nats_at_end(model, rows, max(num_scored for _, num_scored in batch), tokens_per_forward)
+            if not scored.isfinite().all():
+                raise UserError(
+                    f"{model.config.model_type} in {model.dtype} gives losses that are not finite: its weights are "
+                    "damaged, or too large for this dtype"
+                )
             for (start, num_scored), row in zip(batch, scored, strict=True):
                 nats[start + length - num_scored : start + length] = row[-num_scored:]
             bar.update(len(batch))
@@ -134,9 +141,21 @@ def _nats_at_end(model: PreTrainedModel, rows: Tensor, num_scored: int, chunk_si
             logits = output.logits[:, -keep:].float().transpose(1, 2)  # [B, vocab_size, keep]
             nats.append(F.cross_entropy(logits, rows[:, end - keep + 1 : end + 1], reduction="none"))
         cache = output.get(CACHE_NAME)
-        if cache is None and end < length:
-            raise UserError(f"{model.config.model_type} has no KV cache: set tokens_per_forward to at least {length}")
+        if end < length and not _is_continued(cache):
+            raise UserError(
+                f"{model.config.model_type} cannot continue from a KV cache: "
+                f"set tokens_per_forward to at least {length}"
+            )
     return torch.cat(nats, dim=1).cpu()
+
+
+def _is_continued(cache: Any) -> bool:
+    """Whether a chunk of several tokens continues from `cache` as if it had been read with those before.
+
+    Keys and values do that. Recurrent states do not: Mamba's models start anew unless a chunk is a single token.
+    """
+    layers = getattr(cache, "layers", None) or []
+    return bool(layers) and all(hasattr(layer, "keys") and not hasattr(layer, "recurrent_states") for layer in layers)
 
 
 def nats_by_position(nats: Tensor, length: int, stride: int | None = None) -> Tensor:
@@ -155,10 +174,10 @@ def mean_by_doubling(values: Sequence[float]) -> dict[int, float]:
     return {end: float(np.mean(values[begin:end])) for begin, end in zip([0, *ends], ends, strict=False)}
 
 
-def bits_per_byte(nats: Tensor, targets: Tensor, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Losses in bits per UTF-8 byte of the text of `targets`; both `[num_targets]`."""
+def bits_per_byte(nats: Tensor, targets: Tensor, tokenizer: PreTrainedTokenizerBase) -> float | None:
+    """Losses in bits per UTF-8 byte of the text of `targets`; both `[num_targets]`. None: they have no text."""
     text = str(tokenizer.decode(targets, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    return nats.sum().item() / math.log(2) / len(text.encode())
+    return nats.sum().item() / math.log(2) / len(text.encode()) if text else None
 
 
 def perplexity_by_length(
@@ -239,7 +258,7 @@ def trainer_metrics(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     def target_nats(logits: Tensor, labels: Tensor) -> Tensor:  # [B, L, vocab_size], [B, L] → [B, L − 1]
         return F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
 
-    def compute(evaluated: EvalPrediction) -> dict[str, float]:
+    def compute(evaluated: EvalPrediction) -> dict[str, Any]:
         targets = torch.as_tensor(evaluated.label_ids)[:, 1:]
         scored = targets != -100
         nats = torch.as_tensor(evaluated.predictions)[scored].double()

@@ -7,6 +7,7 @@ Each model is a curve, drawn from the results of `perplexity_by_length`::
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,12 +32,17 @@ class Curve:
     results: Sequence[Result]
 
 
+def require_matplotlib() -> None:
+    """Raise `UserError` if matplotlib, which only plots need, is not installed."""
+    if find_spec("matplotlib") is None:
+        raise UserError("drawing the plot needs matplotlib: pip install 'hf_alibi[train]'")
+
+
 def plot_extrapolation(curves: Sequence[Curve], path: str | Path) -> None:
     """Draw `curves` to the image file `path`. Raises `UserError` if matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("drawing the plot needs matplotlib: pip install 'hf_alibi[train]'") from error
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 4.2), dpi=160, layout="constrained")
     by_length, by_position = figure.subplots(1, 2)
     longest = max(result.length for curve in curves for result in curve.results)
@@ -44,7 +50,6 @@ def plot_extrapolation(curves: Sequence[Curve], path: str | Path) -> None:
         style = {
             "color": COLOURS[index % len(COLOURS)],
             "marker": MARKERS[index % len(MARKERS)],
-            "label": curve.label,
             "linewidth": 2,
             "markersize": 5,
         }
@@ -53,21 +58,30 @@ def plot_extrapolation(curves: Sequence[Curve], path: str | Path) -> None:
         by_position.plot(list(at_longest), list(at_longest.values()), **style)
     training_lengths = sorted({curve.training_length for curve in curves if curve.training_length is not None})
     by_length.set(xlabel="length in tokens", ylabel="perplexity per token")
-    by_length.legend(frameon=False)
+    legend = by_length.legend(by_length.get_lines(), [curve.label for curve in curves], frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a dollar in a label is a dollar
     by_position.set(xlabel="tokens of context", ylabel="loss in nats per token")
-    _dress(by_length, "Perplexity against length", training_lengths)
-    _dress(by_position, f"Loss by position at length {longest:,}", training_lengths)
+    dress(by_length, "Perplexity against length")
+    dress(by_position, f"Loss by position at length {longest:,}")
+    for axes in (by_length, by_position):
+        axes.grid(visible=False, axis="x")
+        _mark(axes, training_lengths)
     figure.savefig(path)
 
 
-def _dress(axes: "Axes", title: str, training_lengths: Sequence[int]) -> None:
-    """A title, a log₂ x-axis in plain numbers, a light grid, and a mark at each training length."""
+def dress(axes: "Axes", title: str) -> None:
+    """Give `axes` a title, a log₂ x-axis in plain numbers and a light grid."""
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.grid(axis="y", color="#E5E5E5")
+    axes.grid(color="#E5E5E5")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _mark(axes: "Axes", training_lengths: Sequence[int]) -> None:
+    """Draw a line at each training length."""
     for length in training_lengths:
         axes.axvline(length, color=GREY, linestyle=":", zorder=0)
         across_and_up = axes.get_xaxis_transform()  # data coordinates across, a fraction of the height up

@@ -124,7 +124,7 @@ def load_causal_lm(
     missing or damaged, if a weight is missing or has another shape than the config says, if the tokenizer has more
     tokens than the model, or if the device is not there.
     """
-    device = _available(device)
+    device = available_device(device)
     config = load_config(path, trust_remote_code=trust_remote_code, config_overrides=config_overrides)
     if model_types is not None and config.model_type not in model_types:
         raise UserError(f"{path} is a {config.model_type!r} checkpoint; expected {' or '.join(sorted(model_types))}")
@@ -135,13 +135,26 @@ def load_causal_lm(
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
     ).to(device)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except LOADING_ERRORS as error:
-        raise _unreadable("a tokenizer", path, error) from error
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(f"the tokenizer of {path} has {len(tokenizer)} tokens, but its model only {config.vocab_size}")
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    check_vocabulary(tokenizer, config)
     return model, tokenizer
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of `path`. Raises `UserError` if there is none, or it cannot be read."""
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (*LOADING_ERRORS, KeyError, TypeError, AttributeError) as error:  # of JSON that holds something else
+        raise _unreadable("a tokenizer", path, error) from error
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Raise `UserError` if the tokenizer has tokens that the model has no embedding for."""
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {largest + 1} tokens, more than the {config.vocab_size} of the model's vocabulary"
+        )
 
 
 def _load_weights(path: str | Path, **kwargs: Any) -> Any:
@@ -167,14 +180,22 @@ def _load_weights(path: str | Path, **kwargs: Any) -> Any:
     return model
 
 
-def _available(device: str | torch.device | None) -> torch.device:
-    """`device`, or the accelerator of this machine, or the CPU."""
+def available_device(device: str | int | torch.device | None) -> torch.device:
+    """`device`, or the accelerator of this machine, or the CPU.
+
+    Raises:
+        UserError: There is no such device, or it holds no data, as "meta" does.
+    """
     if device is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
+        # AssertionError: torch was built without CUDA. ImportError: the device's own package is missing.
         raise UserError(f"device {str(device)!r} is not available: {shorten(str(error), 120)}") from error
+    if found.type == "meta":
+        raise UserError("device 'meta' holds no data and computes nothing; give cpu or an accelerator")
+    return found
 
 
 def _unreadable(what: str, path: str | Path, error: Exception) -> UserError:

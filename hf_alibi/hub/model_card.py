@@ -8,7 +8,7 @@ the JSON files that `hf_alibi.training.train` leaves beside the weights, never f
 """
 
 import json
-from collections.abc import Iterable
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..errors import UserError
 from ..evaluation.perplexity import Result
 from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM
+from ..tables import markdown
 
 PLOT_NAME = "perplexity_by_length.png"
 
@@ -136,13 +137,17 @@ def read_evaluation(arguments: CardArguments, label: str, training_length: int |
     if not arguments.evaluation_text:
         raise UserError("--evaluation needs --evaluation_text, the name of the text that was evaluated on")
     try:
-        models = json.loads(path.read_text())["models"]
+        models = json.loads(path.read_text("utf-8"))["models"]
         entries = [entry for entry in models if len(models) == 1 or entry["label"] == label]
         if len(entries) != 1:
             raise UserError(f"{path} has {len(entries)} models with the label {label!r}; expected one")
-        results = [Result(**result) for result in entries[0]["results"]]
+        results = [_checked(Result(**result)) for result in entries[0]["results"]]
         evaluated_length = entries[0]["training_length"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        if not results:
+            raise ValueError("it has no results")
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not what hf_alibi evaluate writes: {error!r}") from error
     if evaluated_length != training_length:
         raise UserError(
@@ -151,6 +156,21 @@ def read_evaluation(arguments: CardArguments, label: str, training_length: int |
     if not path.with_suffix(".png").is_file():
         raise UserError(f"{path} has no plot {path.with_suffix('.png').name} beside it")
     return results
+
+
+def _checked(result: Result) -> Result:
+    """Return `result`; raise `TypeError` or `ValueError` unless its fields are what `Result` declares."""
+    counts = (result.length, result.stride, result.num_targets)
+    values = [
+        result.nats,
+        result.perplexity,
+        *(v for v in (result.bits_per_byte, result.nats_stderr) if v is not None),
+    ]
+    if not all(type(count) is int and count > 0 for count in counts):
+        raise TypeError(f"length, stride and num_targets are {counts}")
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+        raise TypeError(f"losses are {values}")
+    return result
 
 
 def eval_results(results: list[Result], text: str) -> list[EvalResult]:
@@ -212,7 +232,7 @@ def evaluation(results: list[Result], arguments: CardArguments) -> str:
     return (
         f"On {arguments.evaluation_text}, in windows {windows}. Every target is scored once, and the targets are the "
         f"same at every length.\n\n"
-        f"{table(['length in tokens', 'perplexity per token', 'bits per byte', 'targets'], rows)}\n\n"
+        f"{markdown(['length in tokens', 'perplexity per token', 'bits per byte', 'targets'], rows)}\n\n"
         f"![Perplexity against length]({PLOT_NAME})"
     )
 
@@ -227,11 +247,13 @@ def training(folder: Path, arguments: CardArguments) -> str:
     for name, labels in TRAINING_FACTS.items():
         if (folder / name).is_file():
             try:
-                facts = json.loads((folder / name).read_text())
+                facts = json.loads((folder / name).read_text("utf-8"))
+                if not isinstance(facts, dict):
+                    raise ValueError(f"it holds a {type(facts).__name__}")
             except ValueError as error:
                 raise UserError(f"{folder / name} is damaged: {error}; put it right or remove it") from error
             rows += [[label, shown(facts[key])] for key, label in labels.items() if facts.get(key) is not None]
-    return table(["", ""], rows) if rows else "Nothing about its training is recorded."
+    return markdown(["", ""], rows) if rows else "Nothing about its training is recorded."
 
 
 def architecture(model: AlibiGPTForCausalLM) -> str:
@@ -239,7 +261,7 @@ def architecture(model: AlibiGPTForCausalLM) -> str:
     slopes = model.model.slopes(model.model.embed_tokens.weight).tolist()
     rows = [["Parameters", shown(model.num_parameters())]]
     rows += [[label, shown(getattr(model.config, name))] for name, label in CONFIG_FACTS.items()]
-    return table(["", ""], [*rows, ["Slopes of the heads", ", ".join(map(shown, slopes))]])
+    return markdown(["", ""], [*rows, ["Slopes of the heads", ", ".join(map(shown, slopes))]])
 
 
 def windows(model: AlibiGPTForCausalLM) -> str:
@@ -277,11 +299,6 @@ def licence(arguments: CardArguments) -> str:
     """The licences of code and weights."""
     weights = f"The weights: {arguments.license}." if arguments.license else "None is stated for the weights."
     return f"The model's code: Apache-2.0. {weights}"
-
-
-def table(header: list[str], rows: Iterable[list[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
 
 
 def shown(value: object) -> str:

@@ -5,11 +5,23 @@ Transformers, whose `chat` puts its settings there. A field that is missing here
 value that `generate` would refuse: before anything is computed, and with a message that names the field.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Json, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Json, PositiveInt
 
-StopString = Annotated[str, Field(min_length=1, max_length=200)]
+
+def is_unicode(text: str) -> str:
+    """Return `text`; raise `ValueError` for a lone surrogate, which JSON can spell but no encoding can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = f"\\u{ord(text[error.start]):04x}"
+        raise ValueError(f"{found} at index {error.start} is half of a surrogate pair and no character") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(is_unicode)]
+StopString = Annotated[Text, Field(min_length=1, max_length=200)]
 Temperature = Literal[0] | Annotated[float, Field(ge=0.01)]  # 0: no sampling; logits over less would overflow
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
@@ -33,19 +45,26 @@ class GenerationOptions(Body):
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     no_repeat_ngram_size: PositiveInt | None = None
-    transformers_version: str | None = None  # which has no effect
+    transformers_version: Text | None = None  # which has no effect
 
 
 class ModelRequest(Body):
     """A request that only names the model."""
 
-    model: str
+    model: Text
+
+
+class StreamOptions(Body):
+    """Options of a stream, without effect: every stream ends with its usage."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class GenerationRequest(Body):
     """What completions and chat have in common."""
 
-    model: str | None = None
+    model: Text | None = None
     stream: bool | None = None
     max_tokens: PositiveInt | None = None
     temperature: Temperature | None = None
@@ -55,29 +74,34 @@ class GenerationRequest(Body):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     generation_config: Json[GenerationOptions] | None = None
     n: Literal[1] | None = None
-    user: str | None = None  # which has no effect
-    stream_options: dict[str, Any] | None = None  # which has none either: every stream ends with its usage
+    user: Text | None = None  # which has no effect
+    stream_options: StreamOptions | None = None
 
 
 class CompletionRequest(GenerationRequest):
     """A text to continue."""
 
-    prompt: str = Field(min_length=1)
-    suffix: str | None = None
+    prompt: Annotated[Text, Field(min_length=1)]
+    suffix: Text | None = None
 
 
 class TextPart(Body):
     """A part of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Body):
     """A turn of the conversation."""
 
     role: Literal["developer", "system", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
+
+    def as_text(self) -> dict[str, str]:
+        """The turn as chat templates take it: with the texts of its parts joined."""
+        parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
+        return {"role": self.role, "content": "".join(parts)}
 
 
 class ChatRequest(GenerationRequest):

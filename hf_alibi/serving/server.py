@@ -1,11 +1,12 @@
 """Transformers' server, made fit for clients that make mistakes, ask for too much, or leave.
 
-Loading, chat templates, generation and streaming are Transformers' own (`transformers.cli.serving`). Its `Serve` has
-`build_server` make the FastAPI application; `hf_alibi/__main__.py` puts the one below in its place, which
+Loading, generation and streaming are Transformers' own (`transformers.cli.serving`). Its `Serve` has `build_server`
+make the FastAPI application; `hf_alibi/cli/serve.py` puts the one below in its place, which
 
 - answers completions, chat, the list of models and the loading of the model, and leaves out what it cannot answer
   for (responses, audio, decisions);
-- reads requests as `serving_requests.py` says, so that bad ones get a 4xx with a message, in OpenAI's form;
+- reads requests as `requests.py` says, so that bad ones get a 4xx with a message, in OpenAI's form;
+- tokenizes as `prompts.py` says, beside the event loop;
 - refuses bodies, and prompts with their continuations, beyond `max_total_tokens`, since ALiBi has no limit of its own;
 - stops generating when the client has gone, whether its answer is streamed or not;
 - ends streams with ``data: [DONE]``, as OpenAI does.
@@ -16,7 +17,8 @@ Requests wait in line for `generate`, or with ``--continuous-batching`` run toge
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Coroutine
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
@@ -36,6 +38,7 @@ from transformers.cli.serving.utils import BaseGenerateManager, GenerationState,
 from transformers.generation import StoppingCriteria
 
 from ..errors import UserError
+from .prompts import PromptEncoder
 from .requests import ChatRequest, CompletionRequest, GenerationOptions, GenerationRequest, ModelRequest
 
 KEPT_PATHS = {"/health", "/openapi.json"}
@@ -73,13 +76,14 @@ def build_server(
     )
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in KEPT_PATHS]
     model_id = model_manager.process_model_name(str(model_manager.force_model))
-    model, tokenizer = model_manager.load_model_and_processor(model_id)  # it is loaded already
-    get_manager = generation_state.get_manager
-    if generation_state.use_continuous_batching(model, Modality.LLM):
-        max_total_tokens = min(max_total_tokens, _start_batching(get_manager(model_id, use_cb=True), model))
-    generation_state.get_manager = lambda *args, **kwargs: BoundedManager(  # type: ignore[method-assign]
-        get_manager(*args, **kwargs), max_total_tokens
-    )
+    model, processor = model_manager.load_model_and_processor(model_id)  # it is loaded already
+    tokenizer: Any = getattr(processor, "tokenizer", processor)
+    use_cb = generation_state.use_continuous_batching(model, Modality.LLM)
+    manager = generation_state.get_manager(model_id, use_cb=use_cb)
+    if use_cb:
+        max_total_tokens = min(max_total_tokens, _start_batching(manager, model))
+    service = Service(model_id, model, tokenizer, BoundedManager(manager, max_total_tokens), use_cb)
+    encoder = PromptEncoder(tokenizer, chat_handler.chat_template_kwargs)
     app.add_middleware(BodyLimit, max_bytes=BYTES_PER_TOKEN * max_total_tokens + BYTES_BESIDES)
     app.add_exception_handler(StarletteHTTPException, lambda _, error: _error(error.status_code, error.detail))
     app.add_exception_handler(RequestValidationError, lambda _, error: _error(422, _explain(error)))
@@ -87,16 +91,27 @@ def build_server(
 
     @app.post("/v1/completions")
     async def complete(request: Request, body: CompletionRequest) -> Response:
-        return await _answer(completion_handler, request, body)
+        async def answer() -> Response:
+            _check_model(model_manager, body.model)
+            input_ids = await encoder.completion(body.prompt)
+            return await service.generate(completion_handler, request, body, input_ids, suffix=body.suffix)
+
+        return await _unless_gone(request, answer())
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatRequest) -> Response:
-        if tokenizer.chat_template is None:
-            raise HTTPException(400, "the tokenizer has no chat template: give it one, or use /v1/completions")
-        beyond = [token for token in body.logit_bias or {} if int(token) >= model.config.vocab_size]
-        if beyond:
-            raise HTTPException(400, f"logit_bias: the model has {model.config.vocab_size} tokens, but no {beyond[0]}")
-        return await _answer(chat_handler, request, body)
+        async def answer() -> Response:
+            _check_model(model_manager, body.model)
+            if tokenizer.chat_template is None:
+                raise HTTPException(400, "the tokenizer has no chat template: give it one, or use /v1/completions")
+            beyond = [token for token in body.logit_bias or {} if int(token) >= model.config.vocab_size]
+            if beyond:
+                size = model.config.vocab_size
+                raise HTTPException(400, f"logit_bias: the model has {size} tokens, but no {beyond[0]}")
+            input_ids = await encoder.chat([message.as_text() for message in body.messages])
+            return await service.generate(chat_handler, request, body, input_ids)
+
+        return await _unless_gone(request, answer())
 
     _add_model_routes(app, model_manager)
     return app
@@ -112,8 +127,7 @@ def _add_model_routes(app: FastAPI, model_manager: ModelManager) -> None:
 
     @app.post("/load_model")
     async def load_model(body: ModelRequest) -> Response:
-        if body.model != name:
-            raise HTTPException(404, f"this server has {name!r}, not {body.model!r}")
+        _check_model(model_manager, body.model)
         progress = model_manager.load_model_streaming(model_manager.process_model_name(name))
         return StreamingResponse(progress, media_type="text/event-stream")
 
@@ -129,22 +143,57 @@ def _start_batching(manager: Any, model: PreTrainedModel) -> int:
     raise UserError("continuous batching could not start; the log says why")
 
 
-async def _answer(
-    handler: ChatCompletionHandler | CompletionHandler, request: Request, body: GenerationRequest
-) -> Response:
-    """The answer of a handler of Transformers, which is called off if the client goes before it is there."""
-    fields = body.model_dump(exclude_unset=True, round_trip=True)
-    answer = asyncio.ensure_future(handler.handle_request(fields, request.state.request_id))
+def _check_model(model_manager: ModelManager, name: str | None) -> None:
+    if name not in (None, str(model_manager.force_model)):
+        raise HTTPException(404, f"this server has {str(model_manager.force_model)!r}, not {name!r}")
+
+
+@dataclass
+class Service:
+    """The model that is served, and what runs its generations."""
+
+    model_id: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    manager: "BoundedManager"
+    use_cb: bool  # continuous batching
+
+    async def generate(
+        self,
+        handler: ChatCompletionHandler | CompletionHandler,
+        request: Request,
+        body: GenerationRequest,
+        input_ids: list[int],
+        **options: Any,
+    ) -> Response:
+        """The answer of a handler of Transformers to `body`, whose prompt is `input_ids`."""
+        fields = body.model_dump(exclude_unset=True, round_trip=True)
+        gen_config = handler._build_generation_config(fields, self.model.generation_config, use_cb=self.use_cb)
+        inputs: dict[str, Any] = {"input_ids": input_ids}
+        if self.use_cb:
+            self.manager.init_cb(self.model, gen_config)
+        else:
+            prompt = torch.tensor([input_ids], device=self.model.device)
+            inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+        generation: tuple[Any, ...] = (request.state.request_id, self.model, self.tokenizer, self.model_id)
+        generation += (inputs, gen_config, self.manager)
+        if not body.stream:
+            return await handler._non_streaming(*generation, **options)
+        response = handler._streaming(*generation, **options)
+        response.body_iterator = _with_end(response.body_iterator)
+        return response
+
+
+async def _unless_gone(request: Request, answer: Coroutine[Any, Any, Response]) -> Response:
+    """The answer, which is called off if the client goes before it is there."""
+    task = asyncio.ensure_future(answer)
     gone = asyncio.ensure_future(request.receive())  # nothing but the disconnection can follow the body
-    await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-    if not answer.done():
-        answer.cancel()
+    await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+    if not task.done():
+        task.cancel()
         return Response(status_code=499)  # for the log: nobody reads it
     gone.cancel()
-    response: Response = answer.result()
-    if isinstance(response, StreamingResponse):
-        response.body_iterator = _with_end(response.body_iterator)
-    return response
+    return task.result()
 
 
 async def _with_end(events: AsyncIterable[Any]) -> AsyncIterator[Any]:
@@ -244,7 +293,8 @@ class BodyLimit:
 
 
 def _error(status: int, message: Any) -> JSONResponse:
-    """An error in OpenAI's form."""
+    """An error in OpenAI's form; what no encoding can hold is shown as an escape."""
+    message = str(message).encode("utf-8", "backslashreplace").decode()
     return JSONResponse({"error": {"message": message, "type": "invalid_request_error", "code": None}}, status)
 
 

@@ -40,9 +40,37 @@ READERS = {".txt": "text", ".md": "text", ".py": "text", ".json": "json", ".json
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 
 CHAT_TEMPLATE = r"""
-{%- for message in messages %}{{ message['role'] + '\n' + message['content'] + eos_token }}{% endfor %}
+{%- if tools %}{{ raise_exception('this chat template has no form for tools') }}{% endif %}
+{%- if documents %}{{ raise_exception('this chat template has no form for documents') }}{% endif %}
+{%- for message in messages %}
+{%- if message['tool_calls'] %}{{ raise_exception('this chat template has no form for tool_calls') }}{% endif %}
+{%- set content = namespace(text='') %}
+{%- if message['content'] is string %}
+{%- set content.text = message['content'] %}
+{%- elif message['content'] is not iterable or message['content'] is mapping or not message['content'] %}
+{{- raise_exception('the content of a message must be a text or a list of parts of type text') }}
+{%- else %}
+{%- for part in message['content'] %}
+{%- if part['type'] != 'text' %}
+{{- raise_exception('this chat template has no form for a part of type ' ~ part['type'] ~ ', only for text') }}
+{%- endif %}
+{%- set content.text = content.text + part['text'] %}
+{%- endfor %}
+{%- endif %}
+{{- message['role'] + '\n' }}
+{%- if message['role'] == 'assistant' %}
+{%- generation %}{{ content.text + eos_token }}{% endgeneration %}
+{%- else %}
+{{- content.text + eos_token }}
+{%- endif %}
+{%- endfor %}
 {%- if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"""
-"""A conversation as training sees texts: each message is a document, whose first line says who speaks."""
+"""A conversation as training sees texts: each message is a document, whose first line says who speaks.
+
+Content is a text, or a list of parts of type text, which are joined. What an assistant says, and the token that ends
+it, is marked for trainers that learn from it alone (TRL's ``assistant_only_loss``). What the first messages of a
+conversation give is how the whole begins.
+"""
 
 # Tests outweigh the library; the tables of `encodings` are hardly text; packages and build settings differ by machine.
 SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}

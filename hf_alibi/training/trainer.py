@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 from datasets import DatasetDict, IterableDataset, IterableDatasetDict
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 from ..errors import UserError
 from ..evaluation.perplexity import trainer_metrics
+from ..hub.checkpoints import check_vocabulary
 from ..hub.publish import publish
 from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM
 from .data import collate_blocks
@@ -120,11 +121,3 @@ def train(
             token=args.hub_token,
         )
     return {name: value for values in metrics.values() for name, value in values.items()}
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Raise `UserError` if the tokenizer has tokens that the model has no embedding for."""
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, more than the {config.vocab_size} of the model's vocabulary"
-        )

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from matplotlib.image import imread
+from safetensors.torch import load_file, save_file
 from tiny import VOCAB_SIZE, save_checkpoint
 
 from hf_alibi.cli import evaluate as evaluate_command
 from hf_alibi.errors import UserError
-from hf_alibi.evaluation.perplexity import encode_stream, mean_by_doubling, perplexity_by_length
+from hf_alibi.evaluation.perplexity import Result, encode_stream, mean_by_doubling, perplexity_by_length
+from hf_alibi.evaluation.plots import Curve, plot_extrapolation
 from hf_alibi.hub.checkpoints import load_causal_lm
 from hf_alibi.positions.sinusoidal import SinusoidalGPTConfig
 
@@ -115,13 +118,26 @@ def test_files_can_be_streamed(
         (["--validation_file", "missing.txt"], "no such file: missing.txt"),
         (["--labels", "one", "two"], "2 --labels for 1 checkpoints"),
         (["--dataset_name", "some/dataset"], "either --dataset_name or --validation_file"),
-        (["--lengths", "16", "100000"], "length 100000 needs at least 100001 tokens of text"),
+        (
+            ["--lengths", "16", "100000", "--max_tokens", "200000"],
+            "length 100000 needs at least 100001 tokens of text",
+        ),
         (["--stride", "17"], "stride is 17 and length 16"),
         (["--device", "nonesuch"], "device 'nonesuch' is not available"),
+        (["--device", "meta"], "device 'meta' holds no data"),
+        (["--tokens_per_forward", "0"], "--tokens_per_forward must be at least 1, got 0"),
+        (["--max_tokens", "-5"], "--max_tokens must be at least 1, got -5"),
+        (["--max_tokens", "15"], "--max_tokens 15 is less than the longest of --lengths"),
+        (["--lengths", "16", "0"], r"--lengths must be at least 1, got \[16, 0\]"),
+        (["--stride", "0"], "--stride must be at least 1, got 0"),
+        (["--output_prefix", "/proc/none/x"], "cannot write to --output_prefix"),
+        (["--output_prefix", "{taken}"], "cannot write to --output_prefix .*Is a directory"),
+        (["--output_prefix", ".."], "lacks the beginning of a file name"),
+        (["--length", "16"], "unknown arguments: --length 16; did you mean --lengths?"),
         (["--config_overrides", "alibi_scaling=2"], "alibi_scaling"),
         (["--model_name_or_path", "{tiny}", "./missing"], r"\./missing .which is no folder here"),
     ],
-    ids=["no file", "labels", "two sources", "short text", "stride", "device", "scaling", "second checkpoint"],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_mistake_leaves_earlier_results_alone(
     main: Callable[[list[str]], None],
@@ -134,19 +150,51 @@ def test_a_mistake_leaves_earlier_results_alone(
     for name in ("earlier.json", "earlier.png"):
         (tmp_path / name).write_text("kept")
     common = ["--model_name_or_path", str(tiny_checkpoint), "--validation_file", text_file, "--lengths", "16"]
-    arguments = [argument.format(tiny=tiny_checkpoint) for argument in arguments]
+    (tmp_path / "taken.png").mkdir()
+    arguments = [argument.format(tiny=tiny_checkpoint, taken=tmp_path / "taken") for argument in arguments]
     with pytest.raises(UserError, match=message):
         main([*common, "--output_prefix", str(tmp_path / "earlier"), *arguments])
     assert all((tmp_path / name).read_text() == "kept" for name in ("earlier.json", "earlier.png"))
 
 
-def test_unknown_arguments_are_refused(
-    main: Callable[[list[str]], None], tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+def test_results_are_written_before_what_comes_after_can_fail(
+    main: Callable[[list[str]], None],
+    tiny_checkpoint: Path,
+    text_file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        main(["--model_name_or_path", str(tiny_checkpoint), "--length", "16"])
-    assert exit_info.value.code == 2
-    assert "unknown arguments: --length 16" in capsys.readouterr().err
+    """The second checkpoint is broken, and later the plot fails."""
+    broken = save_checkpoint(tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][:] = torch.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    prefix = tmp_path / "results"
+    common = ["--validation_file", text_file, "--lengths", "16", "--device", "cpu", "--output_prefix", str(prefix)]
+    with pytest.raises(UserError, match="gives losses that are not finite"):
+        main(["--model_name_or_path", str(tiny_checkpoint), str(broken), *common])
+    written = json.loads(prefix.with_suffix(".json").read_text())
+    assert [entry["label"] for entry in written["models"]] == ["tiny"]
+    prefix.with_suffix(".json").unlink()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no plot")
+
+    monkeypatch.setattr(evaluate_command, "plot_extrapolation", fail)
+    with pytest.raises(RuntimeError, match="no plot"):
+        main(["--model_name_or_path", str(tiny_checkpoint), *common])
+    assert json.loads(prefix.with_suffix(".json").read_text()) == written
+
+
+@pytest.mark.parametrize("label", ["$x", "$\\frac$", "_hidden", "a%b{c}"])
+def test_a_label_is_drawn_as_it_is(label: str, tmp_path: Path) -> None:
+    result = Result(8, 8, 64, 1.0, None, 2.7, 1.1, (1.0,) * 8)
+    pictures = []
+    for name in (label, "x" + label[1:]):
+        plot_extrapolation([Curve(name, 8, [result]), Curve("other", 8, [result])], tmp_path / "plot.png")
+        pictures.append(imread(tmp_path / "plot.png"))
+    assert pictures[0].shape == pictures[1].shape
+    assert (pictures[0] != pictures[1]).any()  # the first character shows
 
 
 def test_as_a_program_it_ends_in_one_line_and_status_2() -> None:

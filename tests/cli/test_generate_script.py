@@ -1,4 +1,4 @@
-"""scripts/generate.py continues prompts exactly as `generate` does, with any argument of GenerationConfig."""
+"""`hf_alibi generate` continues prompts exactly as `generate` does, with any argument of GenerationConfig."""
 
 import argparse
 import io
@@ -14,7 +14,8 @@ import torch
 from tiny import VOCAB_SIZE, save_checkpoint
 from transformers import GenerationConfig, GPT2Config, set_seed
 
-from hf_alibi.cli import generate as generate_command
+from hf_alibi.cli.generate import main as generate_command
+from hf_alibi.cli.generation_options import NOT_OPTIONS, add_generation_options
 from hf_alibi.errors import UserError
 from hf_alibi.hub.checkpoints import load_causal_lm
 
@@ -23,14 +24,8 @@ PROMPT = "the quick brown fox "
 
 
 @pytest.fixture(scope="module")
-def script() -> dict[str, Any]:
-    """The names that the script defines."""
-    return vars(generate_command)
-
-
-@pytest.fixture(scope="module")
-def main(script: dict[str, Any]) -> Callable[[list[str]], None]:
-    return script["main"]
+def main() -> Callable[[list[str]], None]:
+    return generate_command
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +57,10 @@ CASES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "integer": (["--no_repeat_ngram_size", "1"], {"no_repeat_ngram_size": 1}),
     "stop strings": (["--stop_strings", '["a", "e"]'], {"stop_strings": ["a", "e"]}),
     "one stop string": (["--stop_strings", "e"], {"stop_strings": "e"}),
+    "a stop string that is a number": (["--stop_strings", "5"], {"stop_strings": "5"}),
+    "dashes": (["--no-repeat-ngram-size", "1"], {"no_repeat_ngram_size": 1}),
+    "no end of text": (["--eos_token_id", "null"], {"eos_token_id": None}),
+    "biases": (["--sequence_bias", "[[[70], 9.5]]"], {"sequence_bias": [[[70], 9.5]]}),
     "JSON list": (["--suppress_tokens", "[5, 6, 7]"], {"suppress_tokens": [5, 6, 7]}),
 }
 
@@ -80,16 +79,16 @@ def test_output_is_the_continuation_alone(
     assert output == expected_text(tiny_checkpoint, PROMPT, max_new_tokens=40, **options) + "\n"
 
 
-def test_every_documented_argument_is_an_option(script: dict[str, Any]) -> None:
+def test_every_documented_argument_is_an_option() -> None:
     parser = argparse.ArgumentParser(add_help=False)
-    script["add_generation_options"](parser)
+    add_generation_options(parser)
     options = {action.dest for action in parser._actions}
     assert options <= vars(GenerationConfig()).keys()
     assert "penalty_alpha" not in options  # deprecated
     documented = {
         name for name in vars(GenerationConfig()) if re.search(rf"\n +{name}\b", str(GenerationConfig.__doc__))
     }
-    assert options == documented - script["NOT_OPTIONS"]
+    assert options == documented - NOT_OPTIONS
 
 
 def test_prompt_from_a_file_or_standard_input(
@@ -99,15 +98,25 @@ def test_prompt_from_a_file_or_standard_input(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    prompt = "the lazy dög\njumps\n" * 20  # far beyond the 32 tokens that the model was made for
+    prompt = "the lazy dög\r\njumps\n\r\n" * 20  # far beyond the 32 tokens that the model was made for
     expected = expected_text(tiny_checkpoint, prompt, max_new_tokens=10) + "\n"
     common = ["--model_name_or_path", str(tiny_checkpoint), "--device", "cpu", "--max_new_tokens", "10"]
-    (tmp_path / "prompt.txt").write_text(prompt, encoding="utf-8")
+    (tmp_path / "prompt.txt").write_bytes(prompt.encode())
     main([*common, "--prompt_file", str(tmp_path / "prompt.txt")])
     assert capsys.readouterr().out == expected
-    monkeypatch.setattr("sys.stdin", io.StringIO(prompt))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(prompt.encode()), encoding="ascii"))
     main([*common, "--include_prompt"])
     assert capsys.readouterr().out == prompt + expected
+
+
+def test_a_special_token_in_the_prompt_is_that_token(
+    main: Callable[[list[str]], None], tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = "the lazy dog<|endoftext|>the fox"
+    main(
+        ["--model_name_or_path", str(tiny_checkpoint), "--device", "cpu", "--prompt", prompt, "--max_new_tokens", "5"]
+    )
+    assert capsys.readouterr().out == expected_text(tiny_checkpoint, prompt, max_new_tokens=5) + "\n"
 
 
 def test_no_prompt_begins_with_the_first_token_of_a_text(
@@ -152,12 +161,31 @@ def test_several_sequences_are_printed_one_after_the_other(
     ("arguments", "message"),
     [
         (["--prompt_file", "missing.txt"], "cannot read the prompt from missing.txt"),
+        (["--prompt_file", "."], "cannot read the prompt from .: .*directory"),
+        (["--prompt", "n\udcc3"], "cannot read the prompt from --prompt: 'utf-8' codec"),
+        (["--prompt", "x", "--seed", "-1"], "--seed must be from 0 to 4294967295, got -1"),
+        (["--prompt", "x", "--device", "meta"], "device 'meta' holds no data"),
+        (["--prompt", "x", "--eos_token_id", "xx"], "--eos_token_id must be a token id or a list of them, got 'xx'"),
+        (["--prompt", "x", "--eos_token_id", "[5, 290]"], "--eos_token_id: the model has 290 tokens, but no 290"),
+        (["--prompt", "x", "--sequence_bias", "[[[-1], 2]]"], "--sequence_bias: the model has 290 tokens, but no -1"),
+        (["--prompt", "x", "--sequence_bias", "[[5], 2]"], "--sequence_bias must be pairs of token ids and a bias"),
+        (["--prompt", "x", "--stop_strings", "[5]"], "--stop_strings must be text"),
+        (["--prompt", "x", "--num_beams", "-1"], "--num_beams must be from 1 to 2147483648, got -1"),
+        (["--prompt", "x", "--num_return_sequences", "0"], "--num_return_sequences must be from 1"),
+        (["--prompt", "x", "--length_penalty", "1e9"], "--length_penalty must be from -100 to 100"),
+        (["--prompt", "x", "--max_time", "-1"], "--max_time must be from 0"),
+        (["--prompt", "x", "--max_time", "inf"], "--max_time must be a finite number"),
+        (["--prompt", "x", "--top_p", "3"], "--top_p must be from 0 to 1"),
+        (["--prompt", "x", "--do_sample", "--temperature", "nan"], "--temperature must be a number, got nan"),
+        (["--prompt", "x", "--exponential_decay_length_penalty", "5"], "must be a length and a factor"),
+        (["--prompt", "x", "--watermarking_config", "5"], "--watermarking_config must be an object"),
+        (["--prompt", "x", "--num_return_sequences", "2"], "Greedy methods"),
         (["--prompt", "x", "--max_new_tokens", "0"], "`max_new_tokens` must be greater than 0"),
         (["--prompt", "x", "--cache_implementation", "nonesuch"], "Invalid `cache_implementation`"),
         (["--prompt", "x y z", "--max_length", "2"], "`max_length` is set to 2"),
         (["--prompt", "x", "--model_name_or_path", "./missing"], "no folder here"),
     ],
-    ids=["no file", "no tokens", "cache", "max_length", "no checkpoint"],
+    ids=lambda value: " ".join(value).encode("ascii", "replace").decode() if isinstance(value, list) else "",
 )
 def test_mistakes_are_explained(
     main: Callable[[list[str]], None], tiny_checkpoint: Path, arguments: list[str], message: str
@@ -177,20 +205,19 @@ def test_a_prompt_that_is_no_text_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--top_k", "many"], "argument --top_k: invalid int value: 'many'"),
-        (["--do_sample", "perhaps"], "argument --do_sample: Truthy value expected"),
+        (["--top_k", "many"], "argument --top_k/--top-k: invalid int value: 'many'"),
+        (["--do_sample", "perhaps"], "argument --do_sample/--do-sample: Truthy value expected"),
         (["--penalty_alpha", "0.6"], "unknown arguments: --penalty_alpha 0.6"),
-        (["--max_new", "5"], "unknown arguments: --max_new 5"),
+        (["--max_new", "5"], "unknown arguments: --max_new 5; did you mean --max_new_tokens?"),
+        (["--prompt"], "argument --prompt: expected one argument"),
     ],
-    ids=["no number", "no boolean", "deprecated", "abbreviation"],
+    ids=["no number", "no boolean", "deprecated", "abbreviation", "no value"],
 )
 def test_arguments_are_checked_before_the_model_is_loaded(
-    main: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    main: Callable[[list[str]], None], arguments: list[str], message: str
 ) -> None:
-    with pytest.raises(SystemExit) as exit_info:
+    with pytest.raises(UserError, match=re.escape(message)):
         main(["--model_name_or_path", "./missing", *arguments])
-    assert exit_info.value.code == 2
-    assert message in capsys.readouterr().err
 
 
 def test_position_embeddings_limit_the_continuation(

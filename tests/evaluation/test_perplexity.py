@@ -15,6 +15,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MambaConfig,
+    OpenAIGPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Trainer,
@@ -221,11 +222,39 @@ def test_position_embeddings_limit_the_length() -> None:
         token_nats(model, input_ids, 65)
 
 
-def test_a_model_without_kv_cache_is_not_cut_into_chunks() -> None:
-    model = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=VOCAB_SIZE, hidden_size=16, num_hidden_layers=1))
+@pytest.mark.parametrize(
+    "config",
+    [
+        OpenAIGPTConfig(vocab_size=VOCAB_SIZE, n_embd=16, n_layer=1, n_head=2),
+        MambaConfig(vocab_size=VOCAB_SIZE, hidden_size=16, num_hidden_layers=1),
+    ],
+    ids=["no cache", "recurrent state"],
+)
+def test_a_model_that_no_chunk_can_continue_is_not_cut_into_chunks(config: PreTrainedConfig) -> None:
+    """Mamba has a cache since Transformers 5.24, from which several tokens at a time go wrong."""
+    model = AutoModelForCausalLM.from_config(config)
     assert token_nats(model, random_stream(17), 16).isfinite().all()
-    with pytest.raises(UserError, match="mamba has no KV cache: set tokens_per_forward to at least 16"):
+    with pytest.raises(UserError, match="cannot continue from a KV cache: set tokens_per_forward to at least 16"):
         token_nats(model, random_stream(17), 16, tokens_per_forward=8)
+
+
+@pytest.mark.parametrize("tokens_per_forward", [0, -1])
+def test_a_forward_pass_has_a_token(model: PreTrainedModel, tokens_per_forward: int) -> None:
+    with pytest.raises(UserError, match=f"tokens_per_forward must be at least 1, got {tokens_per_forward}"):
+        token_nats(model, random_stream(17), 16, tokens_per_forward=tokens_per_forward)
+
+
+def test_losses_that_are_not_finite_are_refused() -> None:
+    model = random_model("alibi")
+    model.get_output_embeddings().weight.data[5] = math.nan
+    with pytest.raises(UserError, match=r"alibi_gpt in torch\.float64 gives losses that are not finite"):
+        token_nats(model, random_stream(33), 16)
+
+
+def test_targets_without_text_have_no_bits_per_byte(model: PreTrainedModel) -> None:
+    only_separators = torch.full((9,), tiny_tokenizer().eos_token_id)
+    (result,) = perplexity_by_length(model, only_separators, [4], tokenizer=tiny_tokenizer())
+    assert result.bits_per_byte is None
 
 
 def test_training_mode_survives_and_dropout_is_off() -> None:

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from hf_alibi.cli import evaluate as evaluate_command
 from hf_alibi.errors import UserError
 from hf_alibi.evaluation.perplexity import Result
-from hf_alibi.evaluation.plots import Curve
+from hf_alibi.evaluation.plots import Curve, plot_extrapolation
 from hf_alibi.hub.model_card import PLOT_NAME, CardArguments, model_card
 
 
@@ -25,7 +25,8 @@ def result(length: int, stride: int, perplexity: float) -> Result:
 
 def write_evaluation(path: Path, *curves: Curve) -> CardArguments:
     """PREFIX.json and PREFIX.png as hf_alibi evaluate writes them."""
-    evaluate_command.write(curves, path.with_suffix(""))
+    evaluate_command.write_results(curves, path.with_suffix(""))
+    plot_extrapolation(curves, path.with_suffix(".png"))
     return CardArguments(evaluation=path, evaluation_text="some/text")
 
 
