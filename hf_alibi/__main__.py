@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train a model from scratch, or fine-tune a checkpoint",
     "evaluate": "perplexity against length: a table, a plot, a JSON file",
     "generate": "continue a prompt of any length",
+    "convert": "bring a BLOOM, MPT, Falcon, Baichuan, JAIS, BTLM or Refact in, or take a model out",
     "publish": "upload a checkpoint to the Hub with a card, and check that it loads from there",
     "serve": "serve a checkpoint with an OpenAI-compatible API",
     "chat": "chat with a served checkpoint in the terminal",
