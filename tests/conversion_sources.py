@@ -14,14 +14,14 @@ from transformers.models.auto import AutoModelForCausalLM
 VOCAB = 97
 
 
-def random_weights(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
+def random_weights(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, std: float = 0.2) -> dict[str, Tensor]:
     """Weights so large that attention matters; those of norms around 1."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, shape in shapes.items():
-        weight = torch.randn(shape, generator=generator)
+        weight = std * torch.randn(shape, generator=generator)
         is_norm = len(shape) == 1 and name.endswith("weight")
-        weights[name] = (1 + 0.2 * weight if is_norm else 0.2 * weight).to(dtype)
+        weights[name] = (1 + weight if is_norm else weight).to(dtype)
     return weights
 
 
@@ -38,15 +38,16 @@ def save(folder: Path, config: dict[str, Any], weights: dict[str, Tensor], shard
     return folder
 
 
-def of_transformers(folder: Path, config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -> Path:
+def of_transformers(
+    folder: Path, config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16, shard_size: str = "20KB"
+) -> Path:
     """A checkpoint of one of Transformers' classes."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-    return save(
-        folder, config.to_diff_dict() | {"architectures": [type(model).__name__]}, random_weights(shapes, dtype)
-    )
+    fields = config.to_diff_dict() | {"architectures": [type(model).__name__]}
+    return save(folder, fields, random_weights(shapes, dtype), shard_size)
 
 
 def bloom(folder: Path, heads: int = 6, dtype: torch.dtype = torch.bfloat16, **fields: Any) -> Path:

@@ -81,7 +81,9 @@ def read(source: Fields) -> Plan:
         "qk_norm": False,
     }
     if not is_parallel and fields["hidden_dropout"] != fields["attention_dropout"]:
-        raise source.refusal("hidden_dropout", f"it must equal attention_dropout; {ONE_DROPOUT}")
+        raise source.refusal(
+            "hidden_dropout", f"it must equal attention_dropout, {fields['attention_dropout']}; {ONE_DROPOUT}"
+        )
     source.only(
         "apply_residual_connection_post_layernorm", False, reason="here the residual stream does not pass the norms"
     )

@@ -65,7 +65,7 @@ def read(source: Fields) -> Plan:
         "mlp_bias": not no_bias,
         "hidden_dropout": source.number("resid_pdrop", default=0.0),
         "initializer_range": source.number("initializer_range", default=0.02),
-        "use_cache": source.flag("use_cache", default=True),
+        "use_cache": source.flag("use_cache", default=False),
         "tie_word_embeddings": source.flag("tie_word_embeddings", default=True),
         "bos_token_id": source.token("bos_token_id"),
         "eos_token_id": source.token("eos_token_id"),

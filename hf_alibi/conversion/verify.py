@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils import logging as transformers_logging
 
 from ..errors import UserError
+from ..hub.checkpoints import LOADING_ERRORS
 from ..model.cache_names import CACHE_NAME
 from .checkpoint import Checkpoint
 from .rules import Plan
@@ -97,7 +99,10 @@ def source_logits(plan: Plan, checkpoint: Checkpoint, tokens: Tensor) -> tuple[T
 
 def class_logits(checkpoint: Checkpoint, tokens: Tensor) -> tuple[Tensor, str]:
     """The logits of the checkpoint in Transformers' class of its architecture, and the name of that."""
-    model = load(checkpoint.folder, use_safetensors=not checkpoint.is_pickled)
+    try:
+        model = load(checkpoint.folder, use_safetensors=not checkpoint.is_pickled)
+    except LOADING_ERRORS as error:
+        raise UserError(f"Transformers cannot load {checkpoint.folder}: {shorten(str(error), 300)}") from error
     with computing_in_float32(model):
         logits = model(tokens[None]).logits[0]
     name = f"Transformers' {type(model).__name__}"
