@@ -30,7 +30,7 @@ from .checkpoint import CARRIED, Checkpoint, Writer, locate
 from .fields import GENERATION, Fields
 from .rules import Plan
 from .table import HEAD, steps
-from .verify import TEXT, encode, quiet_transformers, verify
+from .verify import MIN_TOKENS, TEXT, encode, quiet_transformers, verify
 
 SOURCES: dict[str, tuple[str, Callable[[Fields], Plan]]] = {
     "bloom": ("BLOOM", bloom.read),
@@ -80,7 +80,8 @@ def convert(
             if the two do not compute the same.
     """
     folder = Path(target)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    is_there = folder.exists()
+    if is_there and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty; choose a new folder")
     checkpoint = Checkpoint(locate(source, allow_pickle), allow_pickle)
     plan, config, name = _plan(checkpoint, to)
@@ -92,6 +93,8 @@ def convert(
         if isinstance(config, AlibiGPTConfig) and config.slopes_depend_on_length:
             # Beyond the training length, a text in pieces has other slopes than the whole text; see alibi_scaling.
             tokens = tokens[: config.max_position_embeddings]
+        if len(tokens) < MIN_TOKENS:
+            raise UserError(f"the text to compare on is too short: {len(tokens)} tokens, of at least {MIN_TOKENS}")
         described = (
             f"the beginning of Alice's Adventures in Wonderland, by {how}" if text == TEXT else f"a text, by {how}"
         )
@@ -108,6 +111,8 @@ def convert(
         write_card(model, folder, checkpoint.folder, str(source))
     except BaseException:
         shutil.rmtree(folder)
+        if is_there:
+            folder.mkdir()
         raise
     return model
 
@@ -123,14 +128,13 @@ def _plan(checkpoint: Checkpoint, to: str | None) -> tuple[Plan, PreTrainedConfi
         return plan, _config(AlibiGPTConfig, plan, checkpoint), name
     if to in TARGETS and kind == OURS:
         try:
-            ours = AlibiGPTConfig(**checkpoint.config)
+            ours = AlibiGPTConfig.from_pretrained(checkpoint.folder)
         except (ValueError, StrictDataclassError) as error:
             raise UserError(f"{checkpoint.folder}: {error}") from error
         name, write = TARGETS[to]
         fields = Fields(ours.to_dict(), f"for {name}")
         plan = write(ours, fields)
         fields.finish()
-        plan.fields["tie_word_embeddings"] = ours.tie_word_embeddings
         return plan, _config(type(AutoConfig.for_model(to)), plan, checkpoint), name
     if to is not None and to not in TARGETS:
         raise UserError(f"{to!r} is no target; choose {' or '.join(TARGETS)}")

@@ -6,6 +6,7 @@ states how far that class is from it. With `eager` that class adds the bias twic
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,28 +29,68 @@ RENAMES = {
 INPUT_NORM, MLP_NORM = "model.layers.{}.input_layernorm", "model.layers.{}.post_attention_layernorm"
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a decoder layer of a Falcon is built.
+
+    Attributes:
+        heads: Query heads.
+        key_heads: Heads of keys and values.
+        head_dim: Width of a head.
+        is_parallel: Whether attention and feed-forward layer have the same input.
+        norms: Norms before a parallel layer.
+        is_grouped: Whether the fused matrix is stored by groups of heads; otherwise keys and values come last.
+    """
+
+    heads: int
+    key_heads: int
+    head_dim: int
+    is_parallel: bool
+    norms: int
+    is_grouped: bool
+
+    def rules(self) -> list[Rule]:
+        """The table of the weights."""
+        if self.is_grouped:
+            split = interleaved(self.key_heads, self.head_dim)
+        else:
+            split = stacked(self.heads * self.head_dim, self.head_dim, self.head_dim)
+        rules = [Rule(("h.{}.self_attention.query_key_value",), QKV, split), *renames(RENAMES)]
+        if self.norms == 2:
+            return rules + renames({"h.{}.ln_attn": INPUT_NORM, "h.{}.ln_mlp": MLP_NORM})
+        if self.is_parallel:  # one norm, which is there twice here
+            return [
+                *rules,
+                Rule(("h.{}.input_layernorm",), (INPUT_NORM, MLP_NORM), lambda weights: [*weights, *weights]),
+            ]
+        return rules + renames({"h.{}.input_layernorm": INPUT_NORM, "h.{}.post_attention_layernorm": MLP_NORM})
+
+
+def _layout(source: Fields, hidden_size: int) -> Layout:
+    heads = source.size("num_attention_heads", "n_head", default=71)
+    if hidden_size % heads:
+        raise source.refusal("num_attention_heads", f"it must divide hidden_size, {hidden_size}")
+    key_heads = source.size("num_kv_heads", "n_head_kv", default=None) or heads
+    is_new = source.flag("new_decoder_architecture", default=False)
+    is_multi_query = source.flag("multi_query", default=True)
+    if not is_new:  # there num_kv_heads is not read
+        key_heads = 1 if is_multi_query else heads
+    is_parallel = source.flag("parallel_attn", default=True)
+    if is_new and not is_parallel:
+        raise source.refusal("parallel_attn", "the new decoder is always parallel")
+    norms = source.size("num_ln_in_parallel_attn", default=None) or (2 if is_new else 1)
+    if norms not in ((1, 2) if is_new else (1,)):
+        raise source.refusal("num_ln_in_parallel_attn", "only the new decoder has two norms, and none has more")
+    return Layout(heads, key_heads, hidden_size // heads, is_parallel, norms, is_new or not is_multi_query)
+
+
 def read(source: Fields) -> Plan:
     """What the config of a Falcon means here."""
     if not source.flag("alibi", default=False):
         raise source.refusal("alibi", "only models with ALiBi can be converted, and this one is rotary")
     fields = source.common(ARCHITECTURES)
     hidden_size = source.size("hidden_size", "n_embed", default=4544)
-    heads = source.size("num_attention_heads", "n_head", default=71)
-    if hidden_size % heads:
-        raise source.refusal("num_attention_heads", f"it must divide hidden_size, {hidden_size}")
-    head_dim = hidden_size // heads
-    key_heads = source.size("num_kv_heads", "n_head_kv", default=None) or heads
-    is_new = source.flag("new_decoder_architecture", default=False)
-    if source.flag("multi_query", default=True) and not is_new:
-        key_heads = 1
-    elif not is_new:
-        key_heads = heads  # no other number can be told apart in the fused matrix
-    is_parallel = source.flag("parallel_attn", default=True)
-    if is_new and not is_parallel:
-        raise source.refusal("parallel_attn", "the new decoder is always parallel")
-    norms = source.size("num_ln_in_parallel_attn", default=None) or (2 if is_new else 1)
-    if norms not in ((1, 2) if is_new else (1,)):
-        raise source.refusal("num_ln_in_parallel_attn", "only the new decoder has two norms")
+    layout = _layout(source, hidden_size)
     bias = source.flag("bias", default=False)
     act = source.value("activation", default="gelu")
     if act not in ACT2FN:
@@ -58,13 +99,13 @@ def read(source: Fields) -> Plan:
         "vocab_size": source.size("vocab_size", default=65024),
         "hidden_size": hidden_size,
         "num_hidden_layers": source.size("num_hidden_layers", "n_layer", default=32),
-        "num_attention_heads": heads,
-        "num_key_value_heads": key_heads,
+        "num_attention_heads": layout.heads,
+        "num_key_value_heads": layout.key_heads,
         "intermediate_size": source.size("ffn_hidden_size", default=None) or 4 * hidden_size,
         "hidden_act": act,
         "max_position_embeddings": source.size("max_position_embeddings", default=2048),
-        "alibi_slopes": [slope / math.sqrt(head_dim) for slope in alibi_slopes(heads)],
-        "use_parallel_residual": is_parallel,
+        "alibi_slopes": [slope / math.sqrt(layout.head_dim) for slope in alibi_slopes(layout.heads)],
+        "use_parallel_residual": layout.is_parallel,
         "norm_eps": source.number("layer_norm_epsilon", default=1e-5),
         "hidden_dropout": source.number("hidden_dropout", default=0.0),
         "attention_dropout": source.number("attention_dropout", default=0.0),
@@ -80,7 +121,7 @@ def read(source: Fields) -> Plan:
         "mlp_bias": bias,
         "qk_norm": False,
     }
-    if not is_parallel and fields["hidden_dropout"] != fields["attention_dropout"]:
+    if fields["hidden_dropout"] != fields["attention_dropout"]:  # which also drops what the attention adds there
         raise source.refusal(
             "hidden_dropout", f"it must equal attention_dropout, {fields['attention_dropout']}; {ONE_DROPOUT}"
         )
@@ -89,21 +130,12 @@ def read(source: Fields) -> Plan:
     )
     source.neutral("rope_parameters", dict)  # not read with ALiBi
     source.neutral("rope_theta", int, float)
-    if is_new or key_heads == heads:
-        split = interleaved(key_heads, head_dim)
-    else:
-        split = stacked(hidden_size, head_dim, head_dim)
-    rules = [Rule(("h.{}.self_attention.query_key_value",), QKV, split), *renames(RENAMES)]
-    if norms == 2:
-        rules += renames({"h.{}.ln_attn": INPUT_NORM, "h.{}.ln_mlp": MLP_NORM})
-    elif is_parallel:  # one norm for both
-        rules.append(Rule(("h.{}.input_layernorm",), (INPUT_NORM, MLP_NORM), lambda weights: [*weights, *weights]))
-    else:
-        rules += renames({"h.{}.input_layernorm": INPUT_NORM, "h.{}.post_attention_layernorm": MLP_NORM})
     differs = ["The bias has the precision of float32. Transformers' Falcon rounds it to bfloat16 in every dtype."]
     if fields["hidden_dropout"]:
         differs.append("In training, hidden_dropout also drops embeddings here.")
-    return Plan(fields, rules, prefix="transformer.", differs=differs, reference=reference, is_near_class=True)
+    return Plan(
+        fields, layout.rules(), prefix="transformer.", differs=differs, reference=reference, is_near_class=True
+    )
 
 
 def reference(config: dict[str, Any], read: Read, tokens: Tensor) -> Tensor:

@@ -44,7 +44,8 @@ CARRIED = {
     "return_dict": True,
 }
 # Old configs also hold defaults of generation.
-GENERATION = set(GenerationConfig().to_dict()) - {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache"}
+GENERATION = {name for name in GenerationConfig().to_dict() if not name.endswith("_token_id")}
+GENERATION -= {"use_cache", *BOOKKEEPING, *CARRIED}
 
 
 class Fields:

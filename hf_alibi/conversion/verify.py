@@ -30,6 +30,7 @@ TOLERANCE = 1e-4
 MAX_TOKENS = 256
 PADDING = 11  # tokens
 DECODED = 16  # tokens
+MIN_TOKENS = 2 * (PADDING + DECODED)
 
 # The beginning of "Alice's Adventures in Wonderland" (Lewis Carroll, 1865), which is in the public domain.
 TEXT = """\

@@ -316,13 +316,16 @@ def test_a_model_that_is_not_its_source_is_noticed(tmp_path: Path) -> None:
     [
         ({"to": "gpt2"}, "'gpt2' is no target"),
         ({"to": "bloom"}, "only alibi_gpt becomes bloom"),
+        ({"text": "Too short."}, "too short: 10 tokens, of at least 54"),
         ({"dtype": "int8"}, "dtype 'int8' is none for weights"),
     ],
 )
 def test_wrong_arguments_are_refused(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
     source = sources.bloom(tmp_path / "source", 6)
+    (tmp_path / "ours").mkdir()
     with pytest.raises(UserError, match=message):
         convert(source, tmp_path / "ours", **arguments)
+    assert not any((tmp_path / "ours").iterdir())
 
 
 def test_ours_is_no_source_without_a_target(tmp_path: Path) -> None:
