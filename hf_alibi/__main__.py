@@ -24,6 +24,7 @@ COMMANDS = {
     "train": Command("train a model from scratch, or fine-tune a checkpoint", "train"),
     "evaluate": Command("perplexity against length: a table, a plot, a JSON file", "train"),
     "generate": Command("continue a prompt of any length", "train"),
+    "convert": Command("bring a BLOOM, MPT, Falcon, Baichuan, JAIS, BTLM or Refact in, or take a model out", "train"),
     "publish": Command("upload a checkpoint to the Hub with a card, and check that it loads from there", "train"),
     "refresh": Command("bring the present code to a checkpoint that was saved earlier", "train"),
     "serve": Command("serve a checkpoint with an OpenAI-compatible API", "serve"),

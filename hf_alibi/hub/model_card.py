@@ -22,6 +22,7 @@ from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM
 from ..tables import markdown
 
 PLOT_NAME = "perplexity_by_length.png"
+FACTS = "conversion.json"  # what `hf_alibi convert` leaves beside the weights
 
 CONFIG_FACTS = {
     "num_hidden_layers": "Layers",
@@ -31,8 +32,11 @@ CONFIG_FACTS = {
     "head_dim": "Width of a head",
     "intermediate_size": "Width of the feed-forward layers",
     "hidden_act": "Activation",
+    "mlp_gated": "Gated feed-forward layers",
+    "use_parallel_residual": "Feed-forward layers parallel to the attention",
     "norm_type": "Norm",
     "qk_norm": "QK-norm",
+    "clip_qkv": "Queries, keys and values clipped to",
     "vocab_size": "Vocabulary",
     "training_length": "Training length (tokens)",
     "alibi_scaling": "Scaling of the slopes",
@@ -119,6 +123,7 @@ def model_card(
         f"# {repo_id.split('/')[-1]}\n\n{summary(model)}",
         f"## Use\n\n{usage(repo_id)}",
         f"## Evaluation\n\n{evaluation(results, arguments)}" if results else "",
+        f"## Conversion\n\n{conversion(Path(folder))}" if (Path(folder) / FACTS).is_file() else "",
         f"## Training\n\n{training(Path(folder), arguments)}",
         f"## Architecture\n\n{architecture(model)}",
         f"## Head windows\n\n{windows(model)}",
@@ -254,6 +259,27 @@ def training(folder: Path, arguments: CardArguments) -> str:
                 raise UserError(f"{folder / name} is damaged: {error}; put it right or remove it") from error
             rows += [[label, shown(facts[key])] for key, label in labels.items() if facts.get(key) is not None]
     return markdown(["", ""], rows) if rows else "Nothing about its training is recorded."
+
+
+def conversion(folder: Path) -> str:
+    """Where converted weights come from, what was folded and what differs, and how they were verified."""
+    try:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        found = facts["verification"]
+        figures = {"whole text": found["full"], "padded on the left": found["padded"], "from a cache": found["cached"]}
+        rows = [[f"{name}", f"{value:.1g}"] for name, value in figures.items()]
+        rows += [[f"{name}, for comparison", f"{value:.1g}"] for name, value in found["other"].items()]
+        notes = [f"- {note}" for note in [*facts["folded"], *facts["differs"]]]
+        return "\n\n".join(
+            [
+                f"Converted {facts['direction']}: the source was `{facts['source']}`, weights are {facts['dtype']}.",
+                *(["\n".join(notes)] if notes else []),
+                f"Compared in float32 with {found['against']} on {found['num_tokens']} tokens: {found['text']}.",
+                markdown(["logits", "largest difference, over the largest logit"], rows),
+            ]
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / FACTS} is not what hf_alibi convert writes: {error!r}") from error
 
 
 def architecture(model: AlibiGPTForCausalLM) -> str:

@@ -74,7 +74,7 @@ class AlibiGPTConfig(PreTrainedConfig):
 
     The defaults are the shape of the WikiText-103 models of Press et al. (arXiv 2108.12409, section 4),
     with RMSNorm, QK-norm, squared ReLU, a tied head and no biases. LayerNorm, biases, GELU and a norm
-    after the embedding give the shapes of BLOOM and MPT.
+    after the embedding give the shapes of BLOOM and MPT; `conversion/` has those of other models with ALiBi.
 
     Args:
         vocab_size: Number of token embeddings.
@@ -86,6 +86,8 @@ class AlibiGPTConfig(PreTrainedConfig):
         head_dim: Width of a head; `None` for `hidden_size / num_attention_heads`.
         intermediate_size: Width of the feed-forward layer; `None` for four times `hidden_size`.
         hidden_act: Activation of the feed-forward layer, a name known to Transformers.
+        mlp_gated: Whether the activation acts on a gate that multiplies the up projection: SwiGLU with
+            `hidden_act="silu"`, GEGLU with `"gelu"` (arXiv 2002.05202). Adds a third projection of the same size.
         training_length: Number of tokens in a training sequence; `None` for 512. A record, never a limit; beyond it
             a dynamic `alibi_scaling` sets in. Its first name, `max_position_embeddings`, is still understood where
             a config is made or loaded.
@@ -101,12 +103,16 @@ class AlibiGPTConfig(PreTrainedConfig):
         window_tolerance: Fraction of the attention that a head may lose by leaving out keys too far away to
             matter, see `windows.py`; the default is the rounding of float32. 0 looks at every key.
         qk_norm: Whether queries and keys get an RMSNorm over `head_dim`, which bounds every score.
+        clip_qkv: Queries, keys and values are clipped to [-`clip_qkv`, `clip_qkv`] as they leave their projections,
+            before QK-norm (MPT); `None` for no clipping.
         attention_bias: Whether the projections of the attention have biases.
         mlp_bias: Whether the projections of the feed-forward layer have biases.
         norm_type: `"rmsnorm"` or `"layernorm"`.
         norm_bias: Whether LayerNorm has a bias; RMSNorm has none.
         norm_eps: Added to the variance in every norm.
         embedding_norm: Whether the embeddings pass a norm before the first layer (BLOOM).
+        use_parallel_residual: Whether attention and feed-forward layer both read the input of their decoder layer
+            (Falcon); otherwise the feed-forward layer reads what the attention has added to.
         hidden_dropout: Dropout of the embeddings and of what each layer adds to the residual stream.
         attention_dropout: Dropout of the attention weights.
         initializer_range: Standard deviation of the initial weights.
@@ -133,6 +139,7 @@ class AlibiGPTConfig(PreTrainedConfig):
         "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",  # a rank sees the gradient of its own heads
         "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
@@ -150,6 +157,7 @@ class AlibiGPTConfig(PreTrainedConfig):
     head_dim: Size = None
     intermediate_size: Size = None
     hidden_act: str = "relu2"
+    mlp_gated: bool = False
     training_length: Size = None
     alibi_max_bias: int | float = 8.0
     alibi_slopes: list[int | float] | tuple[int | float, ...] | None = None
@@ -157,12 +165,14 @@ class AlibiGPTConfig(PreTrainedConfig):
     alibi_scaling: dict[str, Any] | None = validated_field(_check_scaling, default=None)  # on assignment too
     window_tolerance: int | float = 2.0**-24
     qk_norm: bool = True
+    clip_qkv: int | float | None = None
     attention_bias: bool = False
     mlp_bias: bool = False
     norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_bias: bool = False
     norm_eps: float = 1e-6
     embedding_norm: bool = False
+    use_parallel_residual: bool = False
     hidden_dropout: int | float = 0.0
     attention_dropout: int | float = 0.0
     initializer_range: float = 0.02
@@ -274,6 +284,8 @@ class AlibiGPTConfig(PreTrainedConfig):
                 "give one for each query head."
             )
         self._check_slopes()
+        if self.clip_qkv is not None and not 0 < self.clip_qkv < math.inf:
+            raise ValueError(f"clip_qkv must be positive and finite, or None for no clipping; got {self.clip_qkv}.")
         if self.norm_bias and self.norm_type == "rmsnorm":
             raise ValueError("norm_bias=True needs norm_type='layernorm': RMSNorm has no bias.")
         for name in ("hidden_dropout", "attention_dropout", "window_tolerance"):

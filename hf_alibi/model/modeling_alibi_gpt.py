@@ -110,9 +110,12 @@ class AlibiGPTAttention(nn.Module):
         """Returns the output `[batch, queries, hidden_size]` and, from `eager`, the attention weights."""
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(head_shape)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden_states).view(head_shape)).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if (limit := self.config.clip_qkv) is not None:
+            query, key, value = (states.clamp(-limit, limit) for states in (query, key, value))
+        query = self.q_norm(query.view(head_shape)).transpose(1, 2)
+        key = self.k_norm(key.view(head_shape)).transpose(1, 2)
+        value = value.view(head_shape).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -138,10 +141,13 @@ class AlibiGPTAttention(nn.Module):
 
 
 class AlibiGPTMLP(nn.Module):
-    """The feed-forward layer: up, activation, down."""
+    """The feed-forward layer: up, activation, down; or, gated, up times the activation of a gate, and down."""
 
     def __init__(self, config: AlibiGPTConfig) -> None:
         super().__init__()
+        self.is_gated = config.mlp_gated
+        if self.is_gated:
+            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
@@ -149,7 +155,9 @@ class AlibiGPTMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Maps `[..., hidden_size]` to the same shape."""
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        up = self.up_proj(hidden_states)
+        inner = self.act_fn(self.gate_proj(hidden_states)) * up if self.is_gated else self.act_fn(up)
+        return self.down_proj(inner)
 
 
 class AlibiGPTDecoderLayer(GradientCheckpointingLayer):
@@ -161,6 +169,7 @@ class AlibiGPTDecoderLayer(GradientCheckpointingLayer):
         self.self_attn = AlibiGPTAttention(config, layer_idx)
         self.post_attention_layernorm = _norm(config)
         self.mlp = AlibiGPTMLP(config)
+        self.is_parallel = config.use_parallel_residual
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
@@ -179,8 +188,9 @@ class AlibiGPTDecoderLayer(GradientCheckpointingLayer):
             output_attentions=output_attentions,
             **kwargs,
         )
-        hidden_states = hidden_states + self.dropout(attended)
-        hidden_states = hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        sum_so_far = hidden_states + self.dropout(attended)
+        mlp_input = hidden_states if self.is_parallel else sum_so_far
+        hidden_states = sum_so_far + self.dropout(self.mlp(self.post_attention_layernorm(mlp_input)))
         return (hidden_states, weights) if output_attentions else hidden_states
 
 

@@ -39,6 +39,10 @@ SHAPES = {
         "hidden_act": "gelu_pytorch_tanh",
     },
     "mpt-like": {"qk_norm": False, "norm_type": "layernorm", "hidden_act": "gelu", "alibi_max_bias": 16},
+    "swiglu": {"mlp_gated": True, "hidden_act": "silu", "mlp_bias": True},
+    "clipped": {"clip_qkv": 0.5},
+    "clipped-no-qk-norm": {"clip_qkv": 0.5, "qk_norm": False},
+    "parallel": {"use_parallel_residual": True},
 }
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 each_backend = pytest.mark.parametrize("backend", ["eager", "sdpa"])
@@ -360,6 +364,8 @@ def test_exactly_one_input_is_needed(make_model: ModelFactory, inputs: dict[str,
         ({"alibi_slopes": [0.5] * 7 + [float("nan")]}, "positive and finite"),
         ({"alibi_max_bias": 0.0}, "alibi_max_bias must be positive and finite, got 0.0"),
         ({"num_attention_heads": 0}, "num_attention_heads must be positive and finite, got 0"),
+        ({"clip_qkv": 0}, "clip_qkv must be positive and finite, or None for no clipping; got 0"),
+        ({"clip_qkv": float("inf")}, "clip_qkv must be positive and finite"),
         ({"norm_bias": True}, "norm_bias=True needs norm_type='layernorm'"),
         ({"norm_type": "batchnorm"}, "norm_type"),
         ({"hidden_act": "step"}, "hidden_act 'step' is not one of"),

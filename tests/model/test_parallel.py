@@ -111,7 +111,8 @@ def in_two_processes(code: str, folder: Path) -> dict[str, torch.Tensor]:
 def test_two_ranks_compute_what_one_does(
     make_model: ModelFactory, tmp_path: Path, heads: tuple[int, int], trainable: bool
 ) -> None:
-    model = make_model(num_attention_heads=heads[0], num_key_value_heads=heads[1], alibi_slopes_trainable=trainable)
+    shape = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "clip_qkv": 1.0}
+    model = make_model(alibi_slopes_trainable=trainable, mlp_gated=True, mlp_bias=True, hidden_act="silu", **shape)
     model.save_pretrained(tmp_path / "model")
     parallel = in_two_processes(PROGRAM, tmp_path)
     input_ids = torch.arange(3, 63)[None]

@@ -1,0 +1,123 @@
+"""BLOOM and BLOOMZ (`bloom` in Transformers; Le Scao et al., arXiv 2211.05100).
+
+LayerNorm with bias, also after the embedding; biases everywhere; GELU by its tanh formula; queries, keys and values in
+one matrix, `[head, 3, head_dim]`.
+"""
+
+from ..model.configuration_alibi_gpt import AlibiGPTConfig
+from .fields import Fields
+from .rules import QKV, Plan, Rule, interleaved, interleaved_back, renames
+
+ARCHITECTURES = ("BloomForCausalLM", "BloomModel")
+PREFIX = "transformer."
+RENAMES = {
+    "word_embeddings": "model.embed_tokens",
+    "word_embeddings_layernorm": "model.embedding_norm",
+    "h.{}.input_layernorm": "model.layers.{}.input_layernorm",
+    "h.{}.self_attention.dense": "model.layers.{}.self_attn.o_proj",
+    "h.{}.post_attention_layernorm": "model.layers.{}.post_attention_layernorm",
+    "h.{}.mlp.dense_h_to_4h": "model.layers.{}.mlp.up_proj",
+    "h.{}.mlp.dense_4h_to_h": "model.layers.{}.mlp.down_proj",
+    "ln_f": "model.norm",
+}
+TRAINING_LENGTH = 2048  # of all published models, whose configs do not always say it
+
+
+def _rules(heads: int, head_dim: int) -> list[Rule]:
+    fused = interleaved(heads, head_dim), interleaved_back(heads, head_dim)
+    return [Rule(("h.{}.self_attention.query_key_value",), QKV, *fused), *renames(RENAMES)]
+
+
+def read(source: Fields) -> Plan:
+    """What a BLOOM's config means here."""
+    fields = source.common(ARCHITECTURES)
+    heads = source.size("n_head", "num_attention_heads", default=8)
+    fields |= {
+        "vocab_size": source.size("vocab_size", default=250880),
+        "hidden_size": source.size("hidden_size", "n_embed", default=64),
+        "num_hidden_layers": source.size("n_layer", "num_hidden_layers", default=2),
+        "num_attention_heads": heads,
+        "training_length": source.size("seq_length", default=TRAINING_LENGTH),
+        "norm_eps": source.number("layer_norm_epsilon", default=1e-5),
+        "hidden_dropout": source.number("hidden_dropout", default=0.0),
+        "attention_dropout": source.number("attention_dropout", default=0.0),
+        "initializer_range": source.number("initializer_range", default=0.02),
+        "use_cache": source.flag("use_cache", default=True),
+        "tie_word_embeddings": source.flag("tie_word_embeddings", default=True),
+        "bos_token_id": source.token("bos_token_id", 1),
+        "eos_token_id": source.token("eos_token_id", 2),
+        "pad_token_id": source.token("pad_token_id"),
+        "hidden_act": "gelu_pytorch_tanh",
+        "norm_type": "layernorm",
+        "norm_bias": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "embedding_norm": True,
+        "qk_norm": False,
+    }
+    source.only(
+        "apply_residual_connection_post_layernorm", False, reason="here the residual stream does not pass the norms"
+    )
+    source.only("n_inner", None, 4 * fields["hidden_size"], reason="BLOOM's feed-forward layer is 4 hidden_size wide")
+    source.only("skip_bias_add_qkv", False, reason="the projections of the attention have biases here")
+    source.neutral("pretraining_tp", int)
+    # How the same sums are computed: in slices, fused, in float32.
+    for name in ("slow_but_exact", "attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion"):
+        source.neutral(name, bool)
+    source.neutral("skip_bias_add", bool)
+    source.neutral("offset_alibi", int)
+    differs = []
+    if fields["hidden_dropout"]:
+        differs.append("In training, hidden_dropout also drops embeddings here.")
+    if fields["pad_token_id"] is not None:
+        differs.append("In training, the embedding of the padding token stays as it is.")
+    return Plan(
+        fields,
+        _rules(heads, fields["hidden_size"] // heads),
+        prefix=PREFIX,
+        differs=differs,
+    )
+
+
+def write(config: AlibiGPTConfig, ours: Fields) -> Plan:
+    """The config of the BLOOM that computes the same; refuses what no BLOOM computes, with what one would train."""
+    fields = ours.common(("AlibiGPTForCausalLM",))
+    for name, value in {
+        "num_key_value_heads": config.num_attention_heads,
+        "head_dim": config.hidden_size // config.num_attention_heads,
+        "intermediate_size": 4 * config.hidden_size,
+        "mlp_gated": False,
+        "alibi_max_bias": 8,
+        "alibi_slopes": None,
+        "alibi_slopes_trainable": False,
+        "alibi_scaling": None,
+        "qk_norm": False,
+        "clip_qkv": None,
+        "norm_type": "layernorm",
+        "embedding_norm": True,
+        "use_parallel_residual": False,
+    }.items():
+        ours.only(name, value, reason=f"a BLOOM needs a model trained with {name}={value!r}")
+    ours.choice("hidden_act", dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast")))
+    for name in ("attention_bias", "mlp_bias", "norm_bias"):
+        ours.flag(name)  # a bias that is missing here is zero there
+    fields |= {
+        "vocab_size": ours.size("vocab_size"),
+        "hidden_size": ours.size("hidden_size"),
+        "n_layer": ours.size("num_hidden_layers"),
+        "n_head": ours.size("num_attention_heads"),
+        "layer_norm_epsilon": ours.number("norm_eps"),
+        "hidden_dropout": ours.number("hidden_dropout"),
+        "attention_dropout": ours.number("attention_dropout"),
+        "initializer_range": ours.number("initializer_range"),
+        "use_cache": ours.flag("use_cache"),
+        "tie_word_embeddings": ours.flag("tie_word_embeddings"),
+        "bos_token_id": ours.token("bos_token_id"),
+        "eos_token_id": ours.token("eos_token_id"),
+        "pad_token_id": ours.token("pad_token_id"),
+    }
+    length = ours.size("training_length")
+    if length != TRAINING_LENGTH:
+        fields["seq_length"] = length
+    ours.number("window_tolerance")  # BLOOM looks at every key, which changes nothing but the time
+    return Plan(fields, _rules(fields["n_head"], fields["hidden_size"] // fields["n_head"]), prefix=PREFIX)

@@ -1,0 +1,45 @@
+"""The card of a converted model: that of this package for an AlibiGPT, a short one for a model of Transformers."""
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+from ..hub.model_card import CITATION, FACTS, CardArguments, conversion, model_card
+from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM
+
+__all__ = ["FACTS", "write_card"]
+
+
+def write_card(model: PreTrainedModel, folder: Path, source_folder: Path, source: str) -> None:
+    """Writes README.md into `folder`, with the licence that the source states and what `FACTS` in `folder` records."""
+    arguments = CardArguments(
+        license=stated_license(source_folder), base_model=None if Path(source).is_dir() else source
+    )
+    if isinstance(model, AlibiGPTForCausalLM):
+        card = model_card(model, folder.name, folder, arguments)
+    else:
+        data = ModelCardData(
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            tags=["alibi"],
+            license=arguments.license,
+            base_model=arguments.base_model,
+        )
+        licence = f"The weights: {arguments.license}." if arguments.license else "None is stated for the weights."
+        sections = [
+            f"# {folder.name}",
+            f"## Conversion\n\n{conversion(folder)}",
+            f"## Licence\n\n{licence}",
+            f"## Citation\n\n{CITATION}",
+        ]
+        card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+    card.save(folder / "README.md")
+
+
+def stated_license(folder: Path) -> str | None:
+    """The licence in the metadata of the card in `folder`."""
+    try:
+        return ModelCard.load(folder / "README.md").data.get("license")
+    except (OSError, ValueError):
+        return None
