@@ -86,4 +86,4 @@ def check_arguments(arguments: dict[str, Any], num_queries: int, cache: Cache | 
         else:
             near = get_close_matches(name, [*UNDERSTOOD, *HARMLESS], n=1, cutoff=0.8)
             advice = f"did you mean {near[0]}?" if near else "leave it out."
-            raise ValueError(f"This model does not know the argument {name}, and to ignore it might be wrong: {advice}")
+            raise ValueError(f"This model does not know the argument {name}, and ignoring it might be wrong: {advice}")

@@ -193,7 +193,7 @@ def _masked(
     dropout: float,
     layout: TokenLayout,
 ) -> Tensor:
-    """Anything else: a stored bias, for one block of queries at a time; queries of which nothing is asked get zeros."""
+    """Anything else: a stored bias, for one block of queries at a time; those of which nothing is asked get zeros."""
     if _is_exported():
         # Not every engine shares key-value heads, or takes a bias of higher precision than the queries.
         groups, dtype = query.shape[1] // key.shape[1], query.dtype

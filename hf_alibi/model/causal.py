@@ -104,7 +104,7 @@ def attention_in_runs(
     query, key, value = _flat(query, runs.queries), _flat(key, runs.keys), _flat(value, runs.keys)
     sizes = runs.query_sizes, runs.key_sizes, runs.key_sizes
     pieces = (states.split(size, dim=2) for states, size in zip((query, key, value), sizes, strict=True))
-    outputs = [causal_attention(*run, slopes, scaling, dropout, windows) for run in zip(*pieces, strict=True)]
+    outputs = [causal_attention(q, k, v, slopes, scaling, dropout, windows) for q, k, v in zip(*pieces, strict=True)]
     output = torch.cat(outputs, dim=2) if outputs else query
     if runs.queries is not None:
         padded = query.new_zeros(1, query.shape[1], batch * num_queries, head_dim)

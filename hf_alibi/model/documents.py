@@ -9,7 +9,8 @@ These arguments say it. Given together they must agree.
   before it begins a document, at 0 or at any other number. They may count padding or leave it out, but not jump.
 - `attention_mask`, `[batch or 1, tokens]`: 0 for padding, and where any number exceeds 1, the number of the document.
 - `seq_idx`, `[batch or 1, tokens]`: the number of the document, from 0.
-- `cu_seq_lens_q` and `cu_seq_lens_k`: where documents begin and end in the flattened batch, as FlashAttention takes it.
+- `cu_seq_lens_q` and `cu_seq_lens_k`: where documents begin and end in the flattened batch, as FlashAttention takes
+  it.
 
 With a cache, tokens are the cached ones and the new ones together, so that the last three say by themselves how far
 back a document reaches. Positions say it by their distance from the document's first one. That number is noted on the
@@ -147,7 +148,7 @@ def latest(flags: Tensor, values: Tensor) -> Tensor:
 
 def _before(flags: Tensor, values: Tensor) -> Tensor:
     """Returns for every token the value at the last flagged token before it."""
-    return F.pad(latest(flags, values)[:, :-1], (1, 0))
+    return F.pad(latest(flags, values), (1, 0))[:, :-1]  # padded first: a size of tokens - 1 would narrow a graph
 
 
 def _check_integers(name: str, values: Any, batch: int) -> None:
@@ -163,7 +164,7 @@ def _starts_by_number(tokens: Pass, numbers: Tensor, name: str) -> Tensor:
     begins = real & ((numbers != _before(real, numbers)) | (tokens.keys == 0))
     if not tokens.tracing:
         ordered = torch.where(real, numbers, -1).sort(1).values
-        distinct = ((F.pad(ordered, (1, 0), value=-1).diff(dim=1) > 0)).sum(1)
+        distinct = (F.pad(ordered, (1, 0), value=-1).diff(dim=1) > 0).sum(1)
         if bool((begins.sum(1) > distinct).any()):
             raise ValueError(
                 f"{name} numbers a document whose tokens lie apart, with another document between them: a document "
@@ -194,10 +195,11 @@ def _numbers_from_bounds(tokens: Pass, packing: Packing) -> Tensor:
     bounds_q, bounds_k = packing.cu_seq_lens_q, packing.cu_seq_lens_k
     if bounds_q is None or bounds_k is None:
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k belong together; give both.")
-    if tokens.tracing and isinstance(tokens.past, Tensor):
+    past = tokens.past
+    if isinstance(past, Tensor):
         raise ValueError("A graph with a static cache cannot take cu_seq_lens; give position_ids.")
     (batch, num_queries), num_keys = tokens.slots.shape, tokens.keys.shape[1]
-    length = tokens.past + num_queries
+    length = past + num_queries
     of_queries = _numbers("cu_seq_lens_q", bounds_q, packing.max_length_q, batch, num_queries, tokens)
     of_keys = _numbers("cu_seq_lens_k", bounds_k, packing.max_length_k, batch, length, tokens)
     if not tokens.tracing and not (
@@ -205,7 +207,7 @@ def _numbers_from_bounds(tokens: Pass, packing: Packing) -> Tensor:
     ):
         raise ValueError(
             f"cu_seq_lens_q={bounds_q.tolist()} and cu_seq_lens_k={bounds_k.tolist()} contradict each other: the "
-            f"queries of a document must be the last of its keys, of which {tokens.past} a row are cached."
+            f"queries of a document must be the last of its keys, of which {past} a row are cached."
         )
     return F.pad(of_keys, (0, num_keys - length))
 

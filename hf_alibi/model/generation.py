@@ -29,7 +29,7 @@ class AlibiGenerationMixin(GenerationMixin):
         cache = only_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         return super().generate(*args, **(kwargs if cache is None else kwargs | {CACHE_NAME: cache}))
 
-    def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> tuple[Tensor, str, dict[str, Any]]:
+    def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, dict[str, Any]]:
         """Turns what says where documents end into `position_ids`, which `generate` continues by itself."""
         inputs, name, model_kwargs = super()._prepare_model_inputs(*args, **kwargs)  # type: ignore[misc]
         packing, mask = Packing.taken_from(model_kwargs), model_kwargs.get("attention_mask")

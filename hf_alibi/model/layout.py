@@ -37,10 +37,6 @@ class Shared:
     blocks: Any = None
     near_blocks: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
-    def to(self, *args: Any, **kwargs: Any) -> "Shared":
-        """Returns an empty one: Accelerate moves a layer's arguments, and these tensors would stay behind."""
-        return Shared()
-
 
 class TokenLayout(NamedTuple):
     """Positions and visibility of the queries and keys of a forward pass.
@@ -72,6 +68,15 @@ class TokenLayout(NamedTuple):
     mask: Tensor | None = None
     length: int | None = None
     runs: Runs | None = None
+
+    def to(self, device: Any, **kwargs: Any) -> "TokenLayout":
+        """Returns a copy on another device, which shares nothing with this one."""
+        moved: dict[str, Any] = {
+            name: value.to(device, **kwargs)
+            for name, value in self._asdict().items()
+            if isinstance(value, Tensor | Runs)
+        }
+        return self._replace(**moved | {"shared": Shared()})
 
     def visible(self, rows: slice = slice(None)) -> Tensor:
         """Returns which keys the queries in `rows` see, `[batch or 1, 1, rows, keys]`, without `mask`."""
@@ -209,13 +214,15 @@ def token_layout(
         queries = keys.gather(1, slots)
     real = is_token.expand(batch, -1).gather(1, slots)
     if attention_mask is not None:
-        query_mask = real | (F.pad(real[:, 1:], (0, 1), value=True) & (queries >= 0))
+        query_mask = real | (F.pad(real, (0, 1), value=True)[:, 1:] & (queries >= 0))
     tokens = Pass(
         slots, queries.expand(batch, -1), real, keys.expand(batch, -1), is_token.expand(batch, -1), past, tracing
     )
     first = document_starts(tokens, position_ids, numbers, packing, past_key_values)
     layout = TokenLayout(slopes, queries, keys, Shared(), first, key_mask, query_mask)
-    return layout if tracing else _simplified(layout, batch, past, past + num_queries)
+    if tracing or isinstance(past, Tensor):
+        return layout
+    return _simplified(layout, batch, past, past + num_queries)
 
 
 def _custom_layout(
@@ -227,9 +234,9 @@ def _custom_layout(
     queries = position_ids.to(slots.device)
     if isinstance(past, int) and past > 0 and bool((queries.amin(1) != past).any()):
         raise ValueError(
-            f"With {past} cached tokens and an attention_mask of four dimensions, position_ids must go on from {past}, "
-            f"not from {queries.amin(1).tolist()}: the cached tokens count as 0 to {past - 1}. Where these have other "
-            "positions, give an attention_mask of [batch, tokens], or all tokens at once without a cache."
+            f"position_ids must go on from {past}, not from {queries.amin(1).tolist()}: with an attention_mask of four "
+            f"dimensions the cached tokens count as 0 to {past - 1}. Otherwise give an attention_mask of [batch, "
+            "tokens], or all tokens at once without a cache."
         )
     keys = keys.repeat(queries.shape[0], 1).index_copy_(1, slots[0], queries)
     return TokenLayout(slopes, queries, keys, Shared(), mask=mask)
@@ -283,7 +290,7 @@ def _document_numbers(mask: Tensor, tracing: bool) -> Tensor | None:
     return mask.long() if bool((mask > 1).any()) else None
 
 
-def _simplified(layout: TokenLayout, batch: int, past: int | Tensor, length: int | Tensor) -> TokenLayout:
+def _simplified(layout: TokenLayout, batch: int, past: int, length: int) -> TokenLayout:
     """Finds out whether only the future is hidden, or else whether the batch falls into few causal runs."""
     key_mask, first = layout.key_mask, layout.first
     no_padding = key_mask is None or bool(key_mask[:, :length].all())

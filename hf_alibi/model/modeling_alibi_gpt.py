@@ -76,11 +76,7 @@ class SealedLayout:
 
     def to(self, device: Any, **kwargs: Any) -> "SealedLayout":
         """Returns a copy on another device; accelerate asks for it where layers are on several."""
-        fields = self.layout._asdict().items()
-        moved: dict[str, Any] = {
-            name: value.to(device, **kwargs) for name, value in fields if isinstance(value, Tensor)
-        }
-        return SealedLayout(self.layout._replace(**moved | {"shared": {}}))
+        return SealedLayout(self.layout.to(device, **kwargs))
 
 
 class AlibiGPTAttention(nn.Module):

@@ -4,7 +4,7 @@ Kernels know whole causal sequences, and neither padding nor documents. A batch 
 Within a run a distance is a difference of indices, because the keys of a run are exactly its visible tokens.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,10 @@ class Runs(NamedTuple):
     query_sizes: list[int]
     key_sizes: list[int]
 
+    def to(self, device: Any, **kwargs: Any) -> "Runs":
+        """Returns a copy on another device."""
+        return Runs(*(field.to(device, **kwargs) if isinstance(field, Tensor) else field for field in self))
+
 
 def runs_of_bounds(query_bounds: Tensor, key_bounds: Tensor, num_queries: int, num_keys: int) -> Runs:
     """Returns the runs of sequences that follow each other from the first query and the first key on.
@@ -46,7 +50,9 @@ def runs_of_bounds(query_bounds: Tensor, key_bounds: Tensor, num_queries: int, n
     has_queries = query_sizes > 0
     query_sizes, key_sizes = query_sizes[has_queries], key_sizes[has_queries]
     keys = ranges(key_bounds[:-1][has_queries], key_sizes)
-    return _runs(torch.arange(int(query_sizes.sum()), device=keys.device), keys, query_sizes, key_sizes, num_queries, num_keys)
+    return _runs(
+        torch.arange(int(query_sizes.sum()), device=keys.device), keys, query_sizes, key_sizes, num_queries, num_keys
+    )
 
 
 def find_runs(
@@ -96,14 +102,18 @@ def ranges(starts: Tensor, sizes: Tensor) -> Tensor:
 def _runs(
     queries: Tensor, keys: Tensor, query_sizes: Tensor, key_sizes: Tensor, num_queries: int, num_keys: int
 ) -> Runs:
-    bounds = (F.pad(sizes.cumsum(0), (1, 0)).int() for sizes in (query_sizes, key_sizes))
     return Runs(
         _unless_all(queries, num_queries),
         _unless_all(keys, num_keys),
-        *bounds,
+        _bounds(query_sizes),
+        _bounds(key_sizes),
         query_sizes.tolist(),
         key_sizes.tolist(),
     )
+
+
+def _bounds(sizes: Tensor) -> Tensor:
+    return F.pad(sizes.cumsum(0), (1, 0)).int()
 
 
 def _unless_all(index: Tensor, size: int) -> Tensor | None:

@@ -312,9 +312,15 @@ UNFIT: dict[str, tuple[dict[str, Any], str]] = {
     "mask-of-too-many-heads": ({"attention_mask": torch.ones(1, 2, LENGTH, LENGTH).bool()}, "1 or 6 heads"),
     "mask-of-too-many-texts": ({"attention_mask": torch.ones(2, 1, LENGTH, LENGTH).bool()}, "1 or 1 texts"),
     "float-mask-of-ones": ({"attention_mask": torch.ones(1, 1, LENGTH, LENGTH).tril()}, "make it boolean"),
-    "kinds-of-tokens": ({"token_type_ids": torch.ones(1, LENGTH, dtype=torch.long)}, "token_type_ids must be all zero"),
+    "kinds-of-tokens": (
+        {"token_type_ids": torch.ones(1, LENGTH, dtype=torch.long)},
+        "token_type_ids must be all zero",
+    ),
     "encoder": ({"encoder_hidden_states": torch.ones(1, 3, 96)}, "does not know the argument encoder_hidden_states"),
-    "encoder-mask": ({"encoder_attention_mask": torch.ones(1, 3)}, "does not know the argument encoder_attention_mask"),
+    "encoder-mask": (
+        {"encoder_attention_mask": torch.ones(1, 3)},
+        "does not know the argument encoder_attention_mask",
+    ),
     "head-mask": ({"head_mask": torch.ones(2, 6)}, "does not know the argument head_mask"),
     "position-bias": ({"position_bias": torch.ones(1, 6, LENGTH, LENGTH)}, "the argument position_bias"),
     "block-sequence-ids": ({"block_sequence_ids": numbers([9, 8])}, "the argument block_sequence_ids"),
@@ -334,7 +340,7 @@ def test_what_is_not_understood_is_refused_by_name(
 
 def test_a_block_mask_is_refused(make_model: ModelFactory) -> None:
     mask = torch.nn.attention.flex_attention.create_block_mask(lambda b, h, q, k: q >= k, 1, 1, 128, 128, "cpu")
-    with pytest.raises(ValueError, match="attention_mask must be a tensor.*not a BlockMask"):
+    with pytest.raises(ValueError, match=r"attention_mask must be a tensor.*not a BlockMask"):
         make_model()(tokens(1, 128), attention_mask=mask)
 
 
@@ -439,3 +445,126 @@ def test_sinusoids_do_not_count_padding(sinusoidal: SinusoidalGPTForCausalLM, si
     for row, sizes in enumerate(ROWS):
         expected = alone(sinusoidal, input_ids[row : row + 1, real[row]], sizes)
         assert_close(logits[row : row + 1, real[row]], expected)
+
+
+PADDED = [LENGTH, 11, 4]  # tokens in each row of a batch that is padded on the right
+
+
+def right_padded() -> tuple[Tensor, Tensor]:
+    return tokens(3), (torch.arange(LENGTH) < torch.tensor(PADDED)[:, None]).long()
+
+
+@each_backend
+@no_grad
+def test_padding_before_a_token_sees_the_text_before_it(model_of: Any, backend: str) -> None:
+    """Where candidates follow padding, the next token is predicted there: as the text with one pad gives it."""
+    model, (input_ids, mask) = model_of(backend), right_padded()
+    candidates = tokens(3, 3)
+    whole = torch.cat([input_ids, candidates], 1)
+    logits = model(whole, attention_mask=torch.nn.functional.pad(mask, (0, 3), value=1), use_cache=False).logits
+    cache = DynamicCache(config=model.config)
+    model(whole[:, :9], attention_mask=mask[:, :9], past_key_values=cache)
+    rest = model(
+        whole[:, 9:], attention_mask=torch.nn.functional.pad(mask, (0, 3), value=1), past_key_values=cache
+    ).logits
+    for row, length in enumerate(PADDED):
+        pad = [whole[row, LENGTH - 1 : LENGTH]] if length < LENGTH else []
+        alone = torch.cat([whole[row, :length], *pad, whole[row, LENGTH:]])[None]
+        alone_mask = torch.ones_like(alone)
+        alone_mask[:, length : length + len(pad)] = 0
+        model.config._attn_implementation = "eager"
+        expected = model(alone, attention_mask=alone_mask, use_cache=False).logits[:, -4:]
+        model.config._attn_implementation = backend
+        assert_close(logits[row : row + 1, -4:], expected)
+        assert_close(rest[row : row + 1, -4:], expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "settings", [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 1}, {"assistant_model": None}], ids=str
+)
+@pytest.mark.parametrize("length", [11, 4])
+def test_candidates_after_padding_give_the_tokens_of_greedy(
+    model_of: Any, backend: str, settings: dict[str, Any], length: int
+) -> None:
+    model, input_ids = model_of("eager"), tokens()
+    mask = (torch.arange(LENGTH) < length).long()[None]
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(input_ids, use_cache=False, **options)
+    model.config._attn_implementation = backend
+    if "assistant_model" in settings:
+        settings = {"assistant_model": model}
+    for implementation in (None, "dynamic"):
+        found = model.generate(input_ids, cache_implementation=implementation, **options, **settings)
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["positions-from-0", "positions-from-2", "mask-of-numbers", "seq-idx"])
+@pytest.mark.filterwarnings("default")  # Dynamo fails where it meets a warning that is an error
+@no_grad
+def test_documents_in_a_compiled_model(make_model: ModelFactory, name: str) -> None:
+    torch._dynamo.reset()
+    model = make_model()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for sizes in (SIZES, [3, 9]):
+        input_ids = tokens(1, sum(sizes))
+        logits = compiled(input_ids, use_cache=False, **WAYS[name](sizes)).logits
+        assert_close(logits, alone(model, input_ids, sizes))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.long, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "flash_attention_2"])
+@no_grad
+def test_a_mask_of_any_dtype_hides_padding_anywhere_and_whole_rows(
+    model_of: Any, backend: str, dtype: torch.dtype
+) -> None:
+    model, input_ids = model_of(backend), tokens(3)
+    mask = torch.ones(3, LENGTH).index_fill(1, torch.tensor([3, 4, 9]), 0)
+    mask[1] = 0
+    logits = model(input_ids, attention_mask=mask.to(dtype), use_cache=False).logits
+    assert logits.isfinite().all()
+    for row in (0, 2):
+        real = mask[row].bool()
+        assert_close(logits[row : row + 1, real], model(input_ids[row : row + 1, real], use_cache=False).logits)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["boolean", "minus-infinity", "lowest"])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (2, 4), (1, 4)], ids=str)
+@no_grad
+def test_a_mask_with_four_dimensions(
+    model_of: Any, backend: str, static: bool, kind: str, shape: tuple[int, int]
+) -> None:
+    """It separates two documents, and in part of the cases the pass is the second with a cache."""
+    model, input_ids, sizes = model_of(backend), tokens(2), [9, 8]
+    expected = torch.cat([model(piece, use_cache=False).logits for piece in input_ids.split(sizes, 1)], 1)
+    number = numbers(sizes)[0]
+    visible = (number[:, None] == number) & torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    visible = visible.expand(*shape, -1, -1)
+    hidden = -torch.inf if kind == "minus-infinity" else torch.finfo(torch.float32).min
+    mask = visible if kind == "boolean" else torch.zeros(visible.shape).masked_fill(~visible, hidden)
+    assert_close(model(input_ids, attention_mask=mask, use_cache=False).logits, expected)
+    cache = StaticCache(config=model.config, max_cache_len=LENGTH + 3) if static else DynamicCache(config=model.config)
+    room = 3 if static else 0
+    value = False if kind == "boolean" else hidden
+    model(input_ids[:, :7], past_key_values=cache)
+    rows = torch.nn.functional.pad(mask[:, :, 7:], (0, room), value=value)
+    assert_close(model(input_ids[:, 7:], attention_mask=rows, past_key_values=cache).logits, expected[:, 7:])
+
+
+@no_grad
+def test_positions_that_a_cache_does_not_have_are_refused_with_a_mask_of_four_dimensions(
+    make_model: ModelFactory,
+) -> None:
+    model = make_model()
+    cache = cached(model)
+    mask = torch.ones(1, 1, 2, LENGTH + 2, dtype=torch.bool).tril(LENGTH)
+    for start in (LENGTH - 5, LENGTH + 1):
+        with pytest.raises(ValueError, match="position_ids must go on from 17"):
+            model(
+                tokens(1, 2),
+                attention_mask=mask,
+                position_ids=start + torch.arange(2)[None],
+                past_key_values=cache,
+            )
