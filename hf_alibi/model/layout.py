@@ -234,8 +234,8 @@ def _custom_layout(
     queries = position_ids.to(slots.device)
     if isinstance(past, int) and past > 0 and bool((queries.amin(1) != past).any()):
         raise ValueError(
-            f"position_ids must go on from {past}, not from {queries.amin(1).tolist()}: with an attention_mask of four "
-            f"dimensions the cached tokens count as 0 to {past - 1}. Otherwise give an attention_mask of [batch, "
+            f"position_ids must go on from {past}, not from {queries.amin(1).tolist()}: with an attention_mask of "
+            f"four dimensions the cached tokens count as 0 to {past - 1}. Otherwise give an attention_mask of [batch, "
             "tokens], or all tokens at once without a cache."
         )
     keys = keys.repeat(queries.shape[0], 1).index_copy_(1, slots[0], queries)

@@ -33,7 +33,8 @@ class Runs(NamedTuple):
 
     def to(self, device: Any, **kwargs: Any) -> "Runs":
         """Returns a copy on another device."""
-        return Runs(*(field.to(device, **kwargs) if isinstance(field, Tensor) else field for field in self))
+        moved = {name: x.to(device, **kwargs) for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(**moved)
 
 
 def runs_of_bounds(query_bounds: Tensor, key_bounds: Tensor, num_queries: int, num_keys: int) -> Runs:
