@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hf_alibi.model.alibi import alibi_slopes
-from hf_alibi.model.layout import TokenLayout, token_layout
+from hf_alibi.model.layout import Shared, TokenLayout, token_layout
 
 
 def layout_of(
@@ -24,7 +24,7 @@ def end_of_cache(heads: int, queries: int, keys: int, device: str = "cpu") -> To
     """The layout of the last queries of a text whose other tokens are in a cache."""
     positions = torch.arange(keys, device=device)[None]
     slopes = torch.tensor(alibi_slopes(heads), device=device)
-    return TokenLayout(slopes, positions[:, -queries:], positions, {}, length=keys)
+    return TokenLayout(slopes, positions[:, -queries:], positions, Shared(), length=keys)
 
 
 def documents(sizes: list[list[int]]) -> Tensor:

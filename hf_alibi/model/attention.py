@@ -85,17 +85,15 @@ def sdpa_attention_forward(
     device = query.device.type
     query, key, value = _prepared(query, key, value, layout)
     windows = None
-    in_tiles = any(runs is not None for runs in (layout.length, layout.segments, layout.requests))
+    in_tiles = layout.length is not None or layout.runs is not None
     if device == "cpu" and in_tiles:  # where tiles can leave out keys
         windows = lossless_windows(module.config.window_tolerance, query, key, slopes, scaling)
     # Autocast would round the bias to the low precision of the queries.
     with torch.autocast(device, enabled=False):
         if layout.length is not None:
             output = causal_attention(query, key, value, slopes, scaling, dropout, windows)
-        elif layout.segments is not None:
-            output = _segmented(query, key, value, slopes, scaling, dropout, windows, layout)
-        elif layout.requests is not None:
-            output = attention_in_runs(query, key, value, slopes, scaling, dropout, windows, layout.requests)
+        elif layout.runs is not None:
+            output = attention_in_runs(query, key, value, slopes, scaling, dropout, windows, layout.runs)
         else:
             output = _masked(query, key, value, slopes, scaling, dropout, layout)
     return output.transpose(1, 2).contiguous(), None
@@ -186,32 +184,6 @@ def lossless_windows(tolerance: float, query: Tensor, key: Tensor, slopes: Tenso
     return head_windows(slopes, norm_bounds(query, key, scaling), tolerance)
 
 
-def _segmented(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slopes: Tensor,
-    scaling: float,
-    dropout: float,
-    windows: Tensor | None,
-    layout: TokenLayout,
-) -> Tensor:
-    """The runs of the flattened batch. Padding gets zeros, except as the last token, from which `generate` goes on."""
-    batch, heads, num_queries, head_dim = query.shape
-    flat_query, flat_key, flat_value = (
-        states[:, :, :num_queries].transpose(1, 2).reshape(1, batch * num_queries, -1, head_dim).transpose(1, 2)
-        for states in (query, key, value)
-    )
-    runs = [(slice(start, end), slice(start, end)) for start, end in layout.segments or []]
-    output = attention_in_runs(flat_query, flat_key, flat_value, slopes, scaling, dropout, windows, runs)
-    output = output.reshape(heads, batch, num_queries, head_dim).transpose(0, 1)
-    ends = {queries.stop for queries, _ in runs}
-    if all(end in ends for end in range(num_queries, batch * num_queries + 1, num_queries)):
-        return output
-    last = kernel(query[:, :, -1:], key, value, layout.dense_bias(slopes, slice(-1, None)), scaling, dropout)
-    return torch.cat([output[:, :, :-1], last], dim=2)
-
-
 def _masked(
     query: Tensor,
     key: Tensor,
@@ -221,7 +193,7 @@ def _masked(
     dropout: float,
     layout: TokenLayout,
 ) -> Tensor:
-    """Anything else: a stored bias, for one block of queries at a time; padding as in `_segmented`."""
+    """Anything else: a stored bias, for one block of queries at a time; those of which nothing is asked get zeros."""
     if _is_exported():
         # Not every engine shares key-value heads, or takes a bias of higher precision than the queries.
         groups, dtype = query.shape[1] // key.shape[1], query.dtype
@@ -238,8 +210,7 @@ def _masked(
         output = torch.cat(outputs, dim=2)
     if layout.query_mask is None:
         return output
-    is_last = torch.arange(1 - query.shape[2], 1, device=query.device) == 0
-    return output.masked_fill(~(layout.query_mask | is_last)[:, None, :, None], 0)
+    return output.masked_fill(~layout.query_mask[:, None, :, None], 0)
 
 
 def _is_exported() -> bool:

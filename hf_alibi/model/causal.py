@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .alibi import causal_line
 from .private_torch import CPU_FLASH, CPU_FLASH_BACKWARD, has_cpu_flash
+from .runs import Runs
 from .tiles import FULL_SPEED, Tile, in_pieces, joined, key_tiles, query_tiles
 
 _TRANSFORMS_ARE_ACTIVE = torch._C._are_functorch_transforms_active  # what autograd.Function asks
@@ -92,23 +93,29 @@ def attention_in_runs(
     scaling: float,
     dropout: float,
     windows: Tensor | None,
-    runs: list[tuple[slice, slice]],
+    runs: Runs,
 ) -> Tensor:
     """Runs of tokens attend each by itself, as if it were alone; arguments and result as in `causal_attention`.
 
     Args:
-        runs: The queries of each run, which are the last of its keys, and the keys; queries in ascending order.
-            Those outside are padding and get zeros.
+        runs: Which queries and keys belong together. Queries in no run get zeros.
     """
-    batch, heads, num_queries, head_dim = query.shape
-    pieces, done = [], 0
-    for queries, keys in runs:
-        q, k, v = query[:, :, queries], key[:, :, keys], value[:, :, keys]
-        run = causal_attention(q, k, v, slopes, scaling, dropout, windows)
-        pieces += [query.new_zeros(batch, heads, queries.start - done, head_dim), run]
-        done = queries.stop
-    pieces.append(query.new_zeros(batch, heads, num_queries - done, head_dim))
-    return torch.cat(pieces, dim=2)
+    batch, _, num_queries, head_dim = query.shape
+    query, key, value = _flat(query, runs.queries), _flat(key, runs.keys), _flat(value, runs.keys)
+    sizes = runs.query_sizes, runs.key_sizes, runs.key_sizes
+    pieces = (states.split(size, dim=2) for states, size in zip((query, key, value), sizes, strict=True))
+    outputs = [causal_attention(q, k, v, slopes, scaling, dropout, windows) for q, k, v in zip(*pieces, strict=True)]
+    output = torch.cat(outputs, dim=2) if outputs else query
+    if runs.queries is not None:
+        padded = query.new_zeros(1, query.shape[1], batch * num_queries, head_dim)
+        output = padded.index_copy(2, runs.queries, output)
+    return output.unflatten(2, (batch, num_queries))[0].transpose(0, 1)
+
+
+def _flat(states: Tensor, index: Tensor | None) -> Tensor:
+    """Puts the texts of a batch one after another and takes the tokens at `index`: `[1, heads, tokens, head_dim]`."""
+    flat = states.transpose(1, 2).flatten(0, 1)  # [batch * tokens, heads, head_dim]
+    return (flat if index is None else flat.index_select(0, index)).transpose(0, 1)[None]
 
 
 def kernel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float, dropout: float) -> Tensor:

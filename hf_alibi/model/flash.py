@@ -1,15 +1,13 @@
 """FlashAttention 2 with ALiBi: the kernel adds -m |i - j| by itself, given the slopes.
 
 It takes whole causal sequences, the queries being the last of the keys. Padding, documents and caches become
-runs: stretches of queries, each with the keys that its last query sees, out of the flattened batch. Within a run
-distances are those of a plain text, which is what the kernel assumes.
+runs (`runs.py`), within which distances are those of a plain text, as the kernel assumes.
 
 Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning"
 (arXiv 2307.08691); ALiBi came to its package, flash-attn, with version 2.4.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,26 +18,6 @@ HOW_TO_GET_FLASH_ATTENTION = (
     "On a CUDA machine, `pip install flash-attn` builds it and `pip install kernels` fetches it built; "
     "sdpa needs neither."
 )
-
-
-class Runs(NamedTuple):
-    """Stretches of queries, each with the keys that its last query sees.
-
-    Attributes:
-        queries: `[all queries of the runs]`, indices into the flattened batch `[batch * queries]`.
-        keys: `[all keys of the runs]`, indices into `[batch * keys]`.
-        query_bounds: `[runs + 1]`, int32, where the runs begin and end in `queries`.
-        key_bounds: `[runs + 1]`, int32, where they begin and end in `keys`.
-        most_queries: Number of queries in the longest run.
-        most_keys: Number of keys in the longest run.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    query_bounds: Tensor
-    key_bounds: Tensor
-    most_queries: int
-    most_keys: int
 
 
 def alibi_flash_attention(
@@ -67,7 +45,7 @@ def alibi_flash_attention(
         flash_attn_varlen_func: The kernel of that name, for runs.
 
     Returns:
-        `[batch, queries, heads, head_dim]`; queries that are padding get zeros.
+        `[batch, queries, heads, head_dim]`; padding of which nothing is asked (`TokenLayout.query_mask`) gets zeros.
 
     Raises:
         ValueError: For float32 and float64, a mask of queries times keys, and slopes that are trained.
@@ -90,60 +68,22 @@ def alibi_flash_attention(
     if layout.length is not None:
         return flash_attn_func(query, key, value, **options)
     batch, num_queries = query.shape[:2]
-    if layout.segments is not None:
-        key, value = key[:, :num_queries], value[:, :num_queries]
-    if "runs" not in layout.shared:
-        layout.shared["runs"] = find_runs(layout, batch)
-    runs = layout.shared["runs"]
+    runs = layout.all_runs(batch)
+    if not runs.query_sizes:
+        return torch.zeros_like(query)
+    query, key, value = (states.flatten(0, 1) for states in (query, key, value))
+    if runs.keys is not None:
+        key, value = key[runs.keys], value[runs.keys]
     output = flash_attn_varlen_func(
-        query.flatten(0, 1)[runs.queries],
-        key.flatten(0, 1)[runs.keys],
-        value.flatten(0, 1)[runs.keys],
+        query if runs.queries is None else query[runs.queries],
+        key,
+        value,
         cu_seqlens_q=runs.query_bounds,
         cu_seqlens_k=runs.key_bounds,
-        max_seqlen_q=runs.most_queries,
-        max_seqlen_k=runs.most_keys,
+        max_seqlen_q=max(runs.query_sizes),
+        max_seqlen_k=max(runs.key_sizes),
         **options,
     )
-    padded = output.new_zeros(batch * num_queries, *output.shape[1:])
-    return padded.index_copy(0, runs.queries, output).unflatten(0, (batch, num_queries))
-
-
-def find_runs(layout: TokenLayout, batch: int) -> Runs:
-    """Returns the runs of a batch of padded or packed sequences, with or without cached tokens."""
-    device = layout.keys.device
-    if layout.segments is not None:
-        starts, ends = torch.tensor(layout.segments, device=device).T
-        sizes = ends - starts
-        bounds = _bounds(sizes)
-        index = torch.arange(int(bounds[-1]), device=device) + torch.repeat_interleave(starts - bounds[:-1], sizes)
-        longest = int(sizes.max())
-        return Runs(index, index, bounds, bounds, longest, longest)
-
-    position = layout.queries.expand(batch, -1)
-    real = torch.ones_like(position, dtype=torch.bool) if layout.query_mask is None else layout.query_mask
-    queries = real.flatten().nonzero()[:, 0]
-    row, position = queries // real.shape[1], position.flatten()[queries]
-    first = torch.zeros_like(position) if layout.first is None else layout.first.clamp(min=0).flatten()[queries]
-    same = (torch.diff(row) == 0) & (torch.diff(first) == 0)
-    last = torch.nn.functional.pad(~same, (0, 1), value=True)
-    ends = last.nonzero()[:, 0] + 1
-
-    keys = layout.keys.expand(batch, -1)[row[last]]
-    seen = (keys >= first[last, None]) & (keys <= position[last, None])
-    if layout.key_mask is not None:
-        seen &= layout.key_mask[row[last]]
-    run, slot = seen.nonzero().T
-    query_sizes, key_sizes = torch.diff(ends, prepend=ends.new_zeros(1)), seen.sum(1)
-    return Runs(
-        queries,
-        row[last][run] * keys.shape[1] + slot,
-        _bounds(query_sizes),
-        _bounds(key_sizes),
-        int(query_sizes.max()),
-        int(key_sizes.max()),
-    )
-
-
-def _bounds(sizes: Tensor) -> Tensor:
-    return torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int()
+    if runs.queries is not None:
+        output = output.new_zeros(query.shape).index_copy(0, runs.queries, output)
+    return output.unflatten(0, (batch, num_queries))

@@ -111,14 +111,14 @@ def _bias(
         return None, lambda score, b, h, q, k: score + bias(b, h, q, k)
 
     shared = layout.shared
-    if "visibility" not in shared:
-        shared["visibility"] = _visibility(layout, len(query), query.shape[2], key.shape[2])
-    distance, mask = shared["visibility"]
+    if shared.blocks is None:
+        shared.blocks = _visibility(layout, len(query), query.shape[2], key.shape[2])
+    distance, mask = shared.blocks
     if windows is not None:
         limits = tuple(min(window // BLOCK + 1, mask.kv_indices.shape[-1]) for window in windows.tolist())
-        if limits not in shared:
-            shared[limits] = _cut_short(mask, limits)
-        mask = shared[limits]
+        if limits not in shared.near_blocks:
+            shared.near_blocks[limits] = _cut_short(mask, limits)
+        mask = shared.near_blocks[limits]
     slope = _lookup(slopes)
     return mask, lambda score, b, h, q, k: score - slope(h) * distance(b, q, k)
 
@@ -135,11 +135,11 @@ def _visibility(layout: TokenLayout, batch: int, num_queries: int, num_keys: int
 
     queries, keys = layout.queries.int(), layout.keys.int()
     if layout.key_mask is not None and layout.query_mask is not None:
-        # As a query, padding would see what the token before it sees; it is not worth a block.
+        # Padding of which nothing is asked would see what the token before it sees; it is not worth a block.
         queries = queries.masked_fill(~layout.query_mask, -FAR)
         keys = keys.masked_fill(~layout.key_mask, FAR)
     queries, keys = queries.expand(batch, -1), keys.expand(batch, -1)
-    lowest = torch.zeros_like(queries) if layout.first is None else layout.first.clamp(min=0).int()
+    lowest = torch.zeros_like(queries) if layout.first is None else layout.first.int()
     position, other, start = _lookup(queries), _lookup(keys), _lookup(lowest)
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

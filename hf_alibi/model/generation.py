@@ -10,6 +10,8 @@ from transformers.generation import GenerationConfig, GenerationMixin
 from .cache import WindowedCache
 from .cache_names import CACHE_NAME, only_cache
 from .configuration_alibi_gpt import AlibiGPTConfig
+from .documents import Packing
+from .layout import token_layout
 from .paged import paged_config
 
 PREFILL_CHUNK = 2048  # tokens of a prompt to read at a time: more would only take more memory
@@ -26,6 +28,19 @@ class AlibiGenerationMixin(GenerationMixin):
         """As in Transformers, with the cache under either of its names."""
         cache = only_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         return super().generate(*args, **(kwargs if cache is None else kwargs | {CACHE_NAME: cache}))
+
+    def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, dict[str, Any]]:
+        """Turns what says where documents end into `position_ids`, which `generate` continues by itself."""
+        inputs, name, model_kwargs = super()._prepare_model_inputs(*args, **kwargs)  # type: ignore[misc]
+        packing, mask = Packing.taken_from(model_kwargs), model_kwargs.get("attention_mask")
+        numbered = mask is not None and mask.dim() == 2 and bool((mask > 1).any())
+        if numbered or packing.names():
+            layout = token_layout(inputs.new_empty(0), inputs, mask, model_kwargs.get("position_ids"), None, packing)
+            if model_kwargs.get("position_ids") is None:
+                model_kwargs["position_ids"] = layout.positions().clamp(min=0)
+            if mask is not None:
+                model_kwargs["attention_mask"] = (mask != 0).to(mask.dtype)
+        return inputs, name, model_kwargs
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

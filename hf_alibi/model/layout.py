@@ -1,21 +1,41 @@
 """Where the tokens of one forward pass stand: which keys each query sees, and how far away they are.
 
-ALiBi needs only distances, and a distance is the number of visible tokens between two tokens. Padding
-does not count, on whatever side it is. `position_ids` that restart at 0 start a new document: a query at
-position p sees exactly the p tokens before it, which holds with and without a cache. A mask that the
-caller made, with a value for every query and key, decides alone who sees whom, and `position_ids` then
-decide the distances.
+The one rule: a query sees the visible tokens of its document up to itself, and its distance to one of them is the
+number of visible tokens between the two. Padding does not count, on whatever side it is. `documents.py` turns every
+way to say where documents end into one fact, `first`. Only a mask with a value for every query and key, which the
+caller made, replaces the rule: it decides alone who sees whom, and `position_ids` then decide the distances.
 
 `token_layout` is called once per forward pass; every attention implementation works from its result.
 """
 
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .alibi import alibi_bias
+from .documents import Packing, Pass, check_one_document, document_starts
+from .runs import Runs, find_runs
+
+
+@dataclass
+class Shared:
+    """What attention implementations work out once for all layers of a pass, each when it first needs it.
+
+    Attributes:
+        clear_from: See `TokenLayout.clear_from`.
+        runs: See `TokenLayout.all_runs`.
+        blocks: Distances and blocks of FlexAttention.
+        near_blocks: The blocks of FlexAttention within windows, by how many of them each head needs.
+    """
+
+    clear_from: int | None = None
+    runs: Runs | None = None
+    blocks: Any = None
+    near_blocks: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
 
 class TokenLayout(NamedTuple):
@@ -25,31 +45,38 @@ class TokenLayout(NamedTuple):
         slopes: `[heads]`, the slopes of all query heads.
         queries: `[batch or 1, queries]`, positions.
         keys: `[batch or 1, keys]`, positions.
-        shared: Where attention implementations keep what they work out once for all layers of the pass.
-        first: `[batch, queries]`, the position where the query's document starts; `None`: at the beginning.
+        shared: What is worked out once for all layers.
+        first: `[batch, queries]`, the position where the query's document begins; `None`: at 0.
         key_mask: `[batch, keys]`, False at padding; `None`: no padding.
-        query_mask: `[batch, queries]`, the same of the queries.
+        query_mask: `[batch, queries]`, False where what the query finds is not used: at padding, except before a token
+            and at the end, from where a text goes on. Such padding sees what the token before it sees.
         mask: `[batch or 1, heads or 1, queries, keys]`, the caller's own: boolean, True for visible, or
             added to the scores. It replaces `first`, `key_mask` and causality.
         length: Tokens in the cache and in this pass together, if nothing but the future is hidden: the
             queries are then the last of the first `length` keys. `None`: more is hidden.
-        segments: Runs `(start, end)` of the flattened batch `[batch * queries]`, each of which attends
-            causally within itself and nowhere else; `None`: no such runs. Tokens outside are padding.
-        requests: Of each request of continuous batching the queries, which are the last of its keys, and the keys;
-            `None`: no continuous batching. `mask` says the same.
+        runs: The runs that the batch falls into, where these are cheaper than a mask; they say the same as the
+            other attributes. `None`: cached tokens, padding within texts, or a mask of the caller's.
     """
 
     slopes: Tensor
     queries: Tensor
     keys: Tensor
-    shared: dict[Any, Any]
+    shared: Shared
     first: Tensor | None = None
     key_mask: Tensor | None = None
     query_mask: Tensor | None = None
     mask: Tensor | None = None
     length: int | None = None
-    segments: list[tuple[int, int]] | None = None
-    requests: list[tuple[slice, slice]] | None = None
+    runs: Runs | None = None
+
+    def to(self, device: Any, **kwargs: Any) -> "TokenLayout":
+        """Returns a copy on another device, which shares nothing with this one."""
+        moved: dict[str, Any] = {
+            name: value.to(device, **kwargs)
+            for name, value in self._asdict().items()
+            if isinstance(value, Tensor | Runs)
+        }
+        return self._replace(**moved | {"shared": Shared()})
 
     def visible(self, rows: slice = slice(None)) -> Tensor:
         """Returns which keys the queries in `rows` see, `[batch or 1, 1, rows, keys]`, without `mask`."""
@@ -61,24 +88,42 @@ class TokenLayout(NamedTuple):
             visible = visible & self.key_mask[:, None, None, :]
         return visible
 
+    def positions(self) -> Tensor:
+        """Returns the position of every query in its document, `[batch or 1, queries]`, counted from 0."""
+        return self.queries if self.first is None else self.queries - self.first
+
     def text_length(self) -> Tensor:
         """Returns the length of the longest text in the batch, in tokens, as a tensor without dimensions.
 
         Cached tokens count, padding does not, and each packed document is a text of its own. Under a mask of the
         caller's, a text is as long as its positions say.
         """
-        first = 0 if self.first is None else self.first.clamp(min=0)
-        return (self.queries - first).max() + 1
+        return self.positions().max() + 1
 
     def clear_from(self) -> int:
-        """Returns the position from which on nothing but the future is hidden; worked out once for all layers."""
-        if "clear_from" not in self.shared:
+        """Returns the position from which on nothing but the future is hidden."""
+        if self.shared.clear_from is None:
             hidden = torch.zeros_like(self.keys, dtype=torch.bool) if self.key_mask is None else ~self.key_mask
             if self.first is not None:
                 hidden = hidden | (self.keys < self.first.amax(1, keepdim=True))
             ends = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)
-            self.shared["clear_from"] = int((hidden * ends).max())
-        return self.shared["clear_from"]
+            self.shared.clear_from = int((hidden * ends).max())
+        return self.shared.clear_from
+
+    def all_runs(self, batch: int) -> Runs:
+        """Returns the runs that a batch of padded or packed sequences falls into, even where a mask is cheaper."""
+        if self.runs is not None:
+            return self.runs
+        if self.shared.runs is None:
+            self.shared.runs = self._find_runs(batch, None)
+        assert self.shared.runs is not None
+        return self.shared.runs
+
+    def _find_runs(self, batch: int, most_keys: int | None) -> Runs | None:
+        queries = self.queries.expand(batch, -1)
+        first = torch.zeros_like(queries) if self.first is None else self.first
+        asked = torch.ones_like(queries, dtype=torch.bool) if self.query_mask is None else self.query_mask
+        return find_runs(queries, first, asked, self.key_mask, self.keys.shape[1], most_keys)
 
     def dense_bias(self, slopes: Tensor, rows: slice = slice(None)) -> Tensor:
         """Returns bias and mask in one tensor, to be added to the scores of the queries in `rows`.
@@ -109,22 +154,26 @@ def token_layout(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     past_key_values: Cache | None,
+    packing: Packing | None = None,
 ) -> TokenLayout:
     """Lays out the tokens of one forward pass.
 
     Args:
         slopes: `[heads]`, the slopes of all query heads.
         inputs_embeds: `[batch, queries, hidden_size]`, for its sizes and device.
-        attention_mask: `[batch or 1, tokens]`, nonzero for real tokens, cached ones included, or a mask with
-            four dimensions as in `TokenLayout.mask`.
+        attention_mask: `[batch or 1, tokens]`, cached tokens included, 0 for padding and 1 or document numbers for
+            real tokens, or a mask with four dimensions as in `TokenLayout.mask`.
         position_ids: `[batch or 1, queries]`.
         past_key_values: The cache, before it gets the keys of this pass.
+        packing: Further arguments that say where documents end.
 
     Raises:
-        ValueError: If the mask does not cover the cached and the new tokens, or is of no known kind.
+        ValueError: If an argument does not fit the cached and the new tokens, is of no known kind, or contradicts
+            another.
     """
     batch, num_queries = inputs_embeds.shape[:2]
     device = inputs_embeds.device
+    packing = packing or Packing()
     past, num_keys = 0, num_queries
     if past_key_values is not None:
         past = past_key_values.get_seq_length()
@@ -135,42 +184,82 @@ def token_layout(
     slots = (torch.arange(num_queries, device=device) + past)[None]
     keys = torch.arange(num_keys, device=device)[None]
 
+    if attention_mask is not None and not isinstance(attention_mask, Tensor):
+        raise ValueError(
+            "attention_mask must be a tensor, [batch, tokens] or [batch, 1 or heads, queries, keys], not a "
+            f"{type(attention_mask).__name__}."
+        )
     if attention_mask is not None and attention_mask.dim() == 4:
-        return _custom_layout(slopes, slots, keys, attention_mask, position_ids)
-    if attention_mask is None and position_ids is None:
+        if packing.names():
+            raise ValueError(
+                "An attention_mask with four dimensions decides alone who sees whom; leave out "
+                f"{', '.join(packing.names())}."
+            )
+        _check_custom_mask(attention_mask, batch, len(slopes), num_queries, num_keys, tracing)
+        return _custom_layout(slopes, slots, keys, attention_mask, position_ids, past)
+    if attention_mask is None and position_ids is None and not packing.names():
+        check_one_document(past_key_values, past)
         unknown = isinstance(past, Tensor) or torch.compiler.is_exporting()
         length = None if unknown else past + num_queries
-        return TokenLayout(slopes, slots, keys, {}, length=length)
+        return TokenLayout(slopes, slots, keys, Shared(), length=length)
 
-    queries, key_mask, query_mask, first = slots, None, None, None
+    queries, key_mask, query_mask, numbers = slots, None, None, None
+    slots = slots.expand(batch, -1)
+    is_token = keys < past + num_queries
     if attention_mask is not None:
-        slots = slots.expand(batch, -1)
-        key_mask = _cover(attention_mask.to(device=device, dtype=torch.bool), batch, past, num_queries, num_keys)
+        mask = _cover(attention_mask.to(device), batch, past, num_queries, num_keys)
+        key_mask = is_token = mask != 0
+        numbers = _document_numbers(mask, tracing)
         keys = key_mask.long().cumsum(-1) - 1  # some engines that models are exported to would sum booleans in 8 bits
-        queries, query_mask = keys.gather(1, slots), key_mask.gather(1, slots)
-    if position_ids is not None:
-        first = (queries - position_ids.to(device)).expand(batch, -1)
-    layout = TokenLayout(slopes, queries, keys, {}, first, key_mask, query_mask)
-    if tracing:
+        queries = keys.gather(1, slots)
+    real = is_token.expand(batch, -1).gather(1, slots)
+    if attention_mask is not None:
+        query_mask = real | (F.pad(real, (0, 1), value=True)[:, 1:] & (queries >= 0))
+    tokens = Pass(
+        slots, queries.expand(batch, -1), real, keys.expand(batch, -1), is_token.expand(batch, -1), past, tracing
+    )
+    first = document_starts(tokens, position_ids, numbers, packing, past_key_values)
+    layout = TokenLayout(slopes, queries, keys, Shared(), first, key_mask, query_mask)
+    if tracing or isinstance(past, Tensor):
         return layout
-    return _simplified(layout, past, past + num_queries)
+    return _simplified(layout, batch, past, past + num_queries)
 
 
 def _custom_layout(
-    slopes: Tensor, slots: Tensor, keys: Tensor, mask: Tensor, position_ids: Tensor | None
+    slopes: Tensor, slots: Tensor, keys: Tensor, mask: Tensor, position_ids: Tensor | None, past: int | Tensor
 ) -> TokenLayout:
-    if mask.shape[-2:] != (slots.shape[1], keys.shape[1]):
+    mask = mask.to(slots.device)
+    if position_ids is None:
+        return TokenLayout(slopes, slots, keys, Shared(), mask=mask)
+    queries = position_ids.to(slots.device)
+    if isinstance(past, int) and past > 0 and bool((queries.amin(1) != past).any()):
+        raise ValueError(
+            f"position_ids must go on from {past}, not from {queries.amin(1).tolist()}: with an attention_mask of "
+            f"four dimensions the cached tokens count as 0 to {past - 1}. Otherwise give an attention_mask of [batch, "
+            "tokens], or all tokens at once without a cache."
+        )
+    keys = keys.repeat(queries.shape[0], 1).index_copy_(1, slots[0], queries)
+    return TokenLayout(slopes, queries, keys, Shared(), mask=mask)
+
+
+def _check_custom_mask(mask: Tensor, batch: int, heads: int, num_queries: int, num_keys: int, tracing: bool) -> None:
+    if mask.shape[-2:] != (num_queries, num_keys):
         raise ValueError(
             f"The attention mask has shape {tuple(mask.shape)}; with four dimensions the last two must be the "
-            f"{slots.shape[1]} queries and {keys.shape[1]} keys of this pass."
+            f"{num_queries} queries and {num_keys} keys of this pass."
+        )
+    if mask.shape[0] not in (1, batch) or mask.shape[1] not in (1, heads):
+        raise ValueError(
+            f"The attention mask has shape {tuple(mask.shape)}; with four dimensions the first two must be 1 or "
+            f"{batch} texts and 1 or {heads} heads."
         )
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"An attention mask with four dimensions must be boolean or float, not {mask.dtype}.")
-    if position_ids is not None:
-        queries = position_ids.to(slots.device)
-        keys = keys.repeat(queries.shape[0], 1).index_copy_(1, slots[0], queries)
-        return TokenLayout(slopes, queries, keys, {}, mask=mask)
-    return TokenLayout(slopes, slots, keys, {}, mask=mask)
+    if not tracing and mask.is_floating_point() and bool((mask == 1).any() & ((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            "An attention mask with four dimensions that is not boolean is added to the scores, and this one holds "
+            "ones and zeros: make it boolean, or 0 for visible and -inf for hidden."
+        )
 
 
 def _cover(mask: Tensor, batch: int, past: int | Tensor, num_queries: int, num_keys: int) -> Tensor:
@@ -184,39 +273,30 @@ def _cover(mask: Tensor, batch: int, past: int | Tensor, num_queries: int, num_k
             f"The attention mask covers {mask.shape[-1]} tokens; it must cover the {past} cached and the "
             f"{num_queries} new ones."
         )
-    return torch.nn.functional.pad(mask, (0, max(0, num_keys - mask.shape[-1])))[:, :num_keys].expand(batch, -1)
+    return F.pad(mask, (0, max(0, num_keys - mask.shape[-1])))[:, :num_keys].expand(batch, -1)
 
 
-def _simplified(layout: TokenLayout, past: int, length: int) -> TokenLayout:
-    """Finds out whether only the future is hidden, or else whether the batch splits into causal runs."""
+def _document_numbers(mask: Tensor, tracing: bool) -> Tensor | None:
+    """Returns a two-dimensional mask as document numbers, or `None` if it holds none."""
+    if mask.dtype == torch.bool:
+        return None
+    if tracing:
+        return mask.long()
+    if bool(((mask < 0) | (mask != mask.floor())).any()):
+        raise ValueError(
+            "An attention mask with two dimensions holds 0 for padding and 1 for tokens, or the numbers of documents; "
+            f"this one holds {mask[(mask < 0) | (mask != mask.floor())][0].item()}."
+        )
+    return mask.long() if bool((mask > 1).any()) else None
+
+
+def _simplified(layout: TokenLayout, batch: int, past: int, length: int) -> TokenLayout:
+    """Finds out whether only the future is hidden, or else whether the batch falls into few causal runs."""
     key_mask, first = layout.key_mask, layout.first
     no_padding = key_mask is None or bool(key_mask[:, :length].all())
     one_document = first is None or bool((first <= 0).all())
     if no_padding and one_document:
         return layout._replace(length=length)
     if past > 0:
-        return layout
-    return layout._replace(segments=_segments(layout, length))
-
-
-def _segments(layout: TokenLayout, length: int) -> list[tuple[int, int]] | None:
-    """Splits a batch without cached tokens into runs `(start, end)`, or returns `None` if it does not split."""
-    like = layout.first if layout.first is not None else layout.key_mask
-    assert like is not None
-    batch = like.shape[0]
-    position = layout.queries.expand(batch, -1)
-    real = torch.ones_like(position, dtype=torch.bool) if layout.key_mask is None else layout.key_mask[:, :length]
-    first = torch.zeros_like(position) if layout.first is None else layout.first.clamp(min=0)
-
-    slot = torch.arange(length, device=position.device)
-    sees_previous = torch.zeros_like(real)
-    sees_previous[:, 1:] = real[:, :-1] & (first[:, 1:] < position[:, 1:])
-    starts = real & ~sees_previous
-    start_slot = torch.where(starts, slot, 0).cummax(-1).values
-    if bool((real & (position - first != slot - start_slot)).any()):
-        return None
-
-    ends = real.clone()
-    ends[:, :-1] &= ~real[:, 1:] | starts[:, 1:]
-    bounds = [flags.flatten().nonzero()[:, 0].tolist() for flags in (starts, ends)]
-    return [(start, end + 1) for start, end in zip(*bounds, strict=True)]
+        return layout  # few queries, which a mask serves in one call
+    return layout._replace(runs=layout._find_runs(batch, most_keys=2 * batch * layout.queries.shape[1]))

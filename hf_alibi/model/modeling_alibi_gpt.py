@@ -21,10 +21,12 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from .alibi import interpolated_slopes
+from .arguments import check_arguments
 from .attention import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
 from .cache import WindowedCache
 from .cache_names import CACHE_NAME, only_cache
 from .configuration_alibi_gpt import AlibiGPTConfig
+from .documents import Packing
 from .flash import HOW_TO_GET_FLASH_ATTENTION
 from .generation import AlibiGenerationMixin
 from .heads import QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead
@@ -74,11 +76,7 @@ class SealedLayout:
 
     def to(self, device: Any, **kwargs: Any) -> "SealedLayout":
         """Returns a copy on another device; accelerate asks for it where layers are on several."""
-        fields = self.layout._asdict().items()
-        moved: dict[str, Any] = {
-            name: value.to(device, **kwargs) for name, value in fields if isinstance(value, Tensor)
-        }
-        return SealedLayout(self.layout._replace(**moved | {"shared": {}}))
+        return SealedLayout(self.layout.to(device, **kwargs))
 
 
 class AlibiGPTAttention(nn.Module):
@@ -263,7 +261,8 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
         if attention_mask is None:
             return None
         length = only_cache(past_key_values, cache).get_max_length()
-        return F.pad(attention_mask, (0, length - attention_mask.shape[-1]))
+        # Boolean, so that a compiled step need not look for document numbers.
+        return F.pad(attention_mask != 0, (0, length - attention_mask.shape[-1]))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -318,25 +317,27 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
 
         Args:
             input_ids: `[batch, queries]`, tokens. Exactly one of `input_ids` and `inputs_embeds`.
-            attention_mask: `[batch, tokens]` with 0 for padding, cached tokens included, or
-                `[batch, 1 or heads, queries, keys]`, boolean (True: visible) or added to the scores.
-            position_ids: `[batch, queries]`. Positions that restart at 0 start a new document, which
-                does not see the one before; otherwise only a four-dimensional mask needs them.
+            attention_mask: `[batch, tokens]` with 0 for padding and 1 or document numbers for tokens, cached tokens
+                included, or `[batch, 1 or heads, queries, keys]`, boolean (True: visible) or added to the scores.
+            position_ids: `[batch, queries]`. Positions that do not go on begin a document, which does not see the
+                one before. Otherwise only a four-dimensional mask needs them.
             past_key_values: The cache of keys and values.
             inputs_embeds: `[batch, queries, hidden_size]`, in place of `input_ids`.
             use_cache: Whether to return the cache.
             cache: Another name of `past_key_values`, and the one under which continuous batching passes its cache;
                 see `paged_layout`.
             return_dict: False returns a tuple; `None` does what the config says.
-            kwargs: `output_hidden_states` and `output_attentions`, which the config has too, and what attention
-                implementations take.
+            kwargs: `seq_idx`, `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k`, other ways to say
+                where documents end (`documents.py`), and `output_hidden_states` and `output_attentions`, which the
+                config has too.
 
         Returns:
             The hidden states `[batch, queries, hidden_size]` after the last norm, and the cache.
 
         Raises:
-            ValueError: If both or none of `input_ids` and `inputs_embeds` are given, the mask or the cache does not
-                fit, or a cache is given where gradient checkpointing would write to it twice.
+            ValueError: If both or none of `input_ids` and `inputs_embeds` are given, if arguments do not fit or
+                contradict each other, for arguments that the model does not know (`arguments.py`), or if a cache is
+                given where gradient checkpointing would write to it twice.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -360,14 +361,18 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             layout = paged_layout(slopes, attention_mask, position_ids, **kwargs)
             past_key_values = PagedCache(past_key_values, kwargs)
         else:
-            layout = token_layout(slopes, inputs_embeds, attention_mask, position_ids, past_key_values)
+            packing = Packing.taken_from(kwargs)
+            check_arguments(kwargs, inputs_embeds.shape[1], past_key_values)
+            layout = token_layout(slopes, inputs_embeds, attention_mask, position_ids, past_key_values, packing)
         if self.config.slopes_depend_on_length:
             slopes = interpolated_slopes(layout.slopes, self.config.training_length, layout.text_length())
             layout = layout._replace(slopes=slopes)
         wanted_states = is_asked("output_hidden_states", kwargs, self.config)
         kwargs["output_attentions"] = is_asked("output_attentions", kwargs, self.config)
         states, weights = [], []
-        hidden_states, sealed = self.dropout(self.embedding_norm(inputs_embeds)), SealedLayout(layout)
+        positions = layout.positions() if position_ids is None else position_ids.to(inputs_embeds.device)
+        hidden_states = self.dropout(self.embedding_norm(self.with_positions(inputs_embeds, positions)))
+        sealed = SealedLayout(layout)
         for layer in self.layers[: self.config.num_hidden_layers]:  # a draft model that exits early has lowered it
             if wanted_states:
                 states.append(hidden_states)
@@ -407,6 +412,15 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             return states.to(changed.device) if is_exact and changed.dtype.itemsize < 4 else changed
 
         return super()._apply(keeping_slopes, recurse)
+
+    def with_positions(self, inputs_embeds: Tensor, positions: Tensor) -> Tensor:
+        """Returns the embeddings as the first layer gets them: with ALiBi, positions have no part in them.
+
+        Args:
+            inputs_embeds: `[batch, queries, hidden_size]`.
+            positions: `[batch or 1, queries]`, the caller's `position_ids`, or else those in each document from 0.
+        """
+        return inputs_embeds
 
     def slopes(self, like: Tensor) -> Tensor:
         """Returns the slopes `[heads]`, learned or not, linearly scaled: on the device of `like`, in its precision.

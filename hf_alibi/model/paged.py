@@ -16,7 +16,6 @@ never ends.
 """
 
 import copy
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .configuration_alibi_gpt import AlibiGPTConfig
-from .layout import TokenLayout
+from .layout import Shared, TokenLayout
+from .runs import runs_of_bounds
 
 PAGED_IMPLEMENTATIONS = ("sdpa", "eager", "paged|eager")
 
@@ -124,12 +124,7 @@ def paged_layout(
     (key_bounds,) = cu_seq_lens_k.values()
     slots = torch.arange(attention_mask.shape[-1], dtype=key_bounds.dtype, device=key_bounds.device)
     starts = key_bounds[torch.searchsorted(key_bounds, slots, right=True) - 1]
-    layout = TokenLayout(slopes, position_ids, (slots - starts)[None], {}, mask=attention_mask)
+    layout = TokenLayout(slopes, position_ids, (slots - starts)[None], Shared(), mask=attention_mask)
     if torch.compiler.is_compiling():
         return layout
-    query_runs, key_runs = _runs(cu_seq_lens_q), _runs(key_bounds)
-    return layout._replace(requests=list(zip(query_runs, key_runs, strict=True)))
-
-
-def _runs(bounds: Tensor) -> list[slice]:
-    return [slice(start, end) for start, end in pairwise(bounds.tolist()) if start < end]
+    return layout._replace(runs=runs_of_bounds(cu_seq_lens_q, key_bounds, *attention_mask.shape[-2:]))

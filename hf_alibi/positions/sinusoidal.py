@@ -16,11 +16,8 @@ import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.cache_utils import Cache
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ..model.cache_names import only_cache
 from ..model.configuration_alibi_gpt import AlibiGPTConfig
 from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM, AlibiGPTModel
 
@@ -81,36 +78,11 @@ class SinusoidalGPTModel(AlibiGPTModel):
 
     config: SinusoidalGPTConfig
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        use_cache: bool | None = None,
-        cache: Cache | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """As in `AlibiGPTModel.forward`; `position_ids` also choose the sinusoids, counting from 0 by default."""
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        past_key_values = only_cache(past_key_values, cache)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        slots = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past)[None]
-        sinusoids = sinusoidal_embeddings(slots if position_ids is None else position_ids, self.config.hidden_size)
+    def with_positions(self, inputs_embeds: Tensor, positions: Tensor) -> Tensor:
+        """Adds the sinusoids of the positions to the normed embeddings."""
+        sinusoids = sinusoidal_embeddings(positions, self.config.hidden_size)
         tokens = TOKEN_SIZE * F.rms_norm(inputs_embeds, [self.config.hidden_size])
-        embeds: Any = tokens + SINUSOID_SIZE * math.sqrt(2) * sinusoids.to(tokens.dtype)
-        return super().forward(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=embeds,
-            use_cache=use_cache,
-            return_dict=return_dict,
-            **kwargs,
-        )
+        return tokens + SINUSOID_SIZE * math.sqrt(2) * sinusoids.to(tokens.dtype)
 
 
 class SinusoidalGPTForCausalLM(AlibiGPTForCausalLM):

@@ -22,6 +22,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -308,24 +309,42 @@ def _pack_batch(
     return {name: np.split(values, cuts) for name, values in columns.items()}
 
 
+BLOCK_COLUMNS = {"input_ids", "position_ids", "seq_idx", "attention_mask"}
+
+
 def collate_blocks(blocks: list[dict[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
-    """Stack blocks to ``input_ids`` and ``labels`` (and ``position_ids``, if they have them), all `[batch, length]`.
+    """Stack blocks to ``input_ids`` and ``labels``, and to what says where documents end, all `[batch, length]`.
+
+    Blocks may say it with ``position_ids`` (which `pack` makes), ``seq_idx``, or an ``attention_mask`` of document
+    numbers: see `hf_alibi.model.documents`.
 
     Labels are the inputs, since the model itself shifts them by one. They are -100, which the loss leaves out, at
-    padding and where positions restart: nothing that a block sees foretells the first token of a document.
+    padding and where documents begin: nothing that a block sees foretells the first token of a document.
 
     Shorter blocks are padded on the right. That needs no attention mask, because no token looks to its right, and the
     positions of padding make it a document of its own.
+
+    Raises:
+        UserError: blocks have a column that this function cannot pad.
     """
+    if unknown := sorted(set(blocks[0]) - BLOCK_COLUMNS):
+        raise UserError(f"blocks have columns that cannot be stacked: {', '.join(unknown)}; remove them")
     batch = {
         column: pad_sequence([torch.tensor(block[column], dtype=torch.long) for block in blocks], batch_first=True)
         for column in blocks[0]
     }
     lengths = torch.tensor([[len(block["input_ids"])] for block in blocks])
     beyond_end = torch.arange(batch["input_ids"].shape[1]) - lengths  # [batch, length], negative before the padding
-    is_target = beyond_end < 0
+    is_padding = beyond_end >= 0
+    begins = torch.zeros_like(is_padding)
     if "position_ids" in batch:
-        is_target &= batch["position_ids"] > 0
-        batch["position_ids"] = torch.where(beyond_end < 0, batch["position_ids"], beyond_end)
-    batch["labels"] = torch.where(is_target, batch["input_ids"], -100)
+        batch["position_ids"] = torch.where(is_padding, beyond_end, batch["position_ids"])
+        begins |= F.pad(batch["position_ids"].diff(dim=1) < 1, (1, 0), value=True)
+    if "seq_idx" in batch:
+        batch["seq_idx"] = torch.where(is_padding, batch["seq_idx"].max() + 1, batch["seq_idx"])
+        begins |= F.pad(batch["seq_idx"].diff(dim=1) != 0, (1, 0), value=True)
+    if "attention_mask" in batch:
+        begins |= F.pad(batch["attention_mask"].diff(dim=1) != 0, (1, 0), value=True)
+        is_padding |= batch["attention_mask"] == 0
+    batch["labels"] = torch.where(begins | is_padding, -100, batch["input_ids"])
     return batch

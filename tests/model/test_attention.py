@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hf_alibi import AlibiGPTConfig
 from hf_alibi.model.alibi import alibi_slopes
 from hf_alibi.model.attention import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
-from hf_alibi.model.layout import TokenLayout, token_layout
+from hf_alibi.model.layout import Shared, TokenLayout, token_layout
 
 BACKENDS = ["eager", "sdpa"]
 # Query heads, key-value heads and length.
@@ -154,7 +154,7 @@ def test_queries_at_the_end_of_a_cache_get_their_rows(backend: str, queries: int
     query, key, value = states(heads, heads, queries, keys)
     positions = torch.arange(keys)[None]
     slopes = torch.tensor(alibi_slopes(heads), dtype=torch.float64)
-    layout = TokenLayout(slopes, positions[:, -queries:], positions, {}, length=keys)
+    layout = TokenLayout(slopes, positions[:, -queries:], positions, Shared(), length=keys)
     expected = oracle.attention(query, key, value, oracle.paper_slopes(heads), SCALING)
     torch.testing.assert_close(attend(backend, query, key, value, layout), expected, rtol=0, atol=1e-13)
 
@@ -212,7 +212,10 @@ def test_packed_documents_with_left_padding_stay_exact_in_both_backends() -> Non
     position_ids = torch.cat([torch.ones(9, dtype=torch.long), torch.arange(30), torch.arange(24)])[None]
     mask = (torch.arange(length) >= 9)[None]
     layout = layout_of(heads, 1, length, mask, position_ids)
-    assert layout.segments == [(9, 39), (39, 63)]
+    assert layout.runs is not None
+    assert layout.runs.query_sizes == layout.runs.key_sizes == [30, 24]
+    assert torch.equal(layout.runs.queries, torch.arange(9, 63))
+    assert torch.equal(layout.runs.keys, torch.arange(9, 63))
     document = torch.tensor([0] * 9 + [1] * 30 + [2] * 24)
     visible = (document[:, None] == document) & mask
     expected = oracle.attention(*inputs, oracle.paper_slopes(heads), SCALING, visible[None])
@@ -269,5 +272,9 @@ def test_masks_that_do_not_fit_are_refused() -> None:
 
 def test_a_mask_can_be_for_all_sequences() -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1]])
-    for found, expected in zip(layout_of(6, 3, 5, mask), layout_of(6, 3, 5, mask.expand(3, -1)), strict=True):
-        assert torch.equal(found, expected) if isinstance(found, torch.Tensor) else found == expected
+    found, expected = layout_of(6, 3, 5, mask), layout_of(6, 3, 5, mask.expand(3, -1))
+    for name in ("queries", "keys", "key_mask", "query_mask"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert found.runs is not None
+    assert found.runs.query_sizes == [3, 3, 3]
+    assert torch.equal(found.runs.keys, expected.runs.keys)

@@ -13,8 +13,8 @@ from test_attention import SCALING, padding, states
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hf_alibi.model.flash import Runs, alibi_flash_attention, find_runs
-from hf_alibi.model.layout import TokenLayout
+from hf_alibi.model.flash import alibi_flash_attention
+from hf_alibi.model.layout import Shared, TokenLayout
 
 HEADS = 6
 without_package = pytest.mark.skipif(
@@ -98,25 +98,21 @@ def test_documents_are_runs() -> None:
     position_ids = documents([[20, 1, 42], [40, 23], [63]])
     layout = layout_of(HEADS, 3, 63, None, position_ids)
     assert_equals_the_oracle(states(HEADS, 2, 63, 63, batch=3), layout, same_document(position_ids))
-    runs = find_runs(layout, 3)
-    assert layout.segments == list(zip(runs.query_bounds[:-1].tolist(), runs.query_bounds[1:].tolist(), strict=True))
-    assert torch.equal(runs.queries, torch.arange(3 * 63))
+    runs = layout.all_runs(3)
+    assert runs is layout.runs
+    assert runs.queries is None
+    assert runs.keys is None
+    assert runs.query_sizes == runs.key_sizes == [20, 1, 42, 40, 23, 63]
 
 
-LAYOUTS = {
-    "left-padding": layout_of(HEADS, 3, 63, padding("left", 63)),
-    "right-padding": layout_of(HEADS, 3, 63, padding("right", 63)),
-    "documents": layout_of(HEADS, 3, 63, None, documents([[20, 1, 42], [40, 23], [63]])),
-    "documents-and-padding": layout_of(HEADS, 3, 63, padding("left", 63), documents([[20, 1, 42], [7, 23, 33], [63]])),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_runs_are_the_same_from_segments_and_from_positions(layout: TokenLayout) -> None:
-    assert layout.segments is not None
-    from_segments, from_positions = find_runs(layout, 3), find_runs(layout._replace(segments=None), 3)
-    for name, expected, actual in zip(Runs._fields, from_segments, from_positions, strict=True):
-        assert torch.equal(torch.as_tensor(actual), torch.as_tensor(expected)), name
+def test_padding_that_a_text_goes_on_from_is_a_run_of_its_own() -> None:
+    """With the keys of the text before it; other padding is in no run."""
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1], [1, 1, 0, 0, 1, 1]])
+    runs = layout_of(HEADS, 3, 6, mask).all_runs(3)
+    assert runs.query_sizes == [3, 1, 4, 2, 3]
+    assert runs.key_sizes == [3, 3, 4, 2, 4]
+    assert runs.queries.tolist() == [0, 1, 2, 5, 8, 9, 10, 11, 12, 13, 15, 16, 17]
+    assert runs.keys.tolist() == [0, 1, 2, 0, 1, 2, 8, 9, 10, 11, 12, 13, 12, 13, 16, 17]
 
 
 @pytest.mark.parametrize("queries", [1, 9, 40])
@@ -130,7 +126,7 @@ def test_cached_tokens_with_padding_and_documents(side: str, queries: int, with_
     full = layout_of(HEADS, 3, length, mask, position_ids)
     names = [name for name in ("queries", "first", "query_mask") if getattr(full, name) is not None]
     last = {name: getattr(full, name)[:, -queries:] for name in names}
-    layout = full._replace(**last, segments=None, shared={})
+    layout = full._replace(**last, runs=None, shared=Shared())
     query, key, value = states(HEADS, 2, length, length, batch=3)
     real = mask[:, -queries:].bool()
     output = attend([query[:, :, -queries:], key, value], layout)

@@ -16,6 +16,7 @@ from hf_alibi.model import tiles
 from hf_alibi.model.alibi import alibi_slopes
 from hf_alibi.model.causal import attention_in_runs
 from hf_alibi.model.paged import paged_config, paged_layout
+from hf_alibi.model.runs import runs_of_bounds
 from hf_alibi.model.windows import head_windows, norm_bounds
 
 LENGTHS = [5, 700, 33, 64, 1, 130]
@@ -207,7 +208,10 @@ def test_the_layout_of_a_padded_pass() -> None:
     position_ids, mask = torch.tensor([[1, 2, 3, 0, 0]]), torch.zeros(1, 1, 5, 8)
     bounds = {"cu_seq_lens_q": bounds_of([2, 1, 0]), "cu_seq_lens_k": {"full_attention": bounds_of([3, 4, 0])}}
     layout = paged_layout(torch.ones(1), mask, position_ids, **bounds)
-    assert layout.requests == [(slice(0, 2), slice(0, 3)), (slice(2, 3), slice(3, 7))]
+    assert layout.runs.query_sizes == [2, 1]
+    assert layout.runs.key_sizes == [3, 4]
+    assert layout.runs.queries.tolist() == [0, 1, 2]
+    assert layout.runs.keys.tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert layout.keys.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]]
     assert torch.equal(layout.queries, position_ids)
 
@@ -230,7 +234,8 @@ def test_every_request_attends_as_the_formula_says(
     query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
     windows = head_windows(slopes, norm_bounds(query, key, scaling), 2.0**-24) if windowed else None
     requests = [(slice(0, 1), slice(0, 600)), (slice(1, 18), slice(600, 617)), (slice(18, 20), slice(617, 710))]
-    output = attention_in_runs(query, key, value, slopes, scaling, 0.0, windows, requests)
+    runs = runs_of_bounds(bounds_of([1, 17, 2]), bounds_of([600, 17, 93]), 21, 715)
+    output = attention_in_runs(query, key, value, slopes, scaling, 0.0, windows, runs)
     for queries, keys in requests:
         expected = oracle.attention(query[:, :, queries], key[:, :, keys], value[:, :, keys], slopes.tolist(), scaling)
         torch.testing.assert_close(output[:, :, queries].double(), expected, rtol=0, atol=1e-5)

@@ -209,6 +209,27 @@ def test_packing_needs_an_end_of_text_token_and_a_block(tokenizer: PreTrainedTok
         pack(documents, tokenizer_without, 8)
 
 
+@pytest.mark.parametrize(
+    ("name", "first", "second", "expected"),
+    [
+        ("position_ids", [7, 8, 2, 3, 4], [2, 3], [[7, 8, 2, 3, 4], [2, 3, 0, 1, 2]]),
+        ("seq_idx", [0, 0, 1, 1, 1], [0, 0], [[0, 0, 1, 1, 1], [0, 0, 2, 2, 2]]),
+        ("attention_mask", [1, 1, 2, 2, 2], [1, 1], [[1, 1, 2, 2, 2], [1, 1, 0, 0, 0]]),
+    ],
+)
+def test_collating_knows_every_column_that_says_where_documents_end(
+    name: str, first: list[int], second: list[int], expected: list[list[int]]
+) -> None:
+    batch = collate_blocks([{"input_ids": [5, 6, 7, 8, 9], name: first}, {"input_ids": [3, 4], name: second}])
+    assert batch[name].tolist() == expected
+    assert batch["labels"].tolist() == [[-100, 6, -100, 8, 9], [-100, 4, -100, -100, -100]]
+
+
+def test_collating_refuses_columns_that_it_cannot_pad() -> None:
+    with pytest.raises(UserError, match="columns that cannot be stacked: cu_seq_lens_q"):
+        collate_blocks([{"input_ids": [5, 6], "cu_seq_lens_q": [0, 2]}])
+
+
 def test_collating_full_blocks_adds_labels_only() -> None:
     batch = collate_blocks([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9, 5]}])
     assert set(batch) == {"input_ids", "labels"}

@@ -1,0 +1,307 @@
+"""Where documents end: every way to say it, turned into one fact.
+
+The fact is `first`, `[batch, queries]`: the position at which the document of each query begins. A position counts the
+visible tokens before a token in its row; padding does not count. A query sees the keys from `first` up to itself.
+
+These arguments say it. Given together they must agree.
+
+- `position_ids`, `[batch or 1, queries]`: positions go on by one within a document. One that does not exceed the one
+  before it begins a document, at 0 or at any other number. They may count padding or leave it out, but not jump.
+- `attention_mask`, `[batch or 1, tokens]`: 0 for padding, and where any number exceeds 1, the number of the document.
+- `seq_idx`, `[batch or 1, tokens]`: the number of the document, from 0.
+- `cu_seq_lens_q` and `cu_seq_lens_k`: where documents begin and end in the flattened batch, as FlashAttention takes
+  it.
+
+With a cache, tokens are the cached ones and the new ones together, so that the last three say by themselves how far
+back a document reaches. Positions say it by their distance from the document's first one. That number is noted on the
+cache, because later passes do not show it.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+NOTE = "alibi_documents"  # the attribute of a cache that holds its `CachedDocuments`
+
+
+class Packing(NamedTuple):
+    """The arguments besides positions and mask that say where documents end, named as Transformers passes them."""
+
+    seq_idx: Tensor | None = None
+    cu_seq_lens_q: Tensor | None = None
+    cu_seq_lens_k: Tensor | None = None
+    max_length_q: int | None = None
+    max_length_k: int | None = None
+
+    @classmethod
+    def taken_from(cls, arguments: dict[str, Any]) -> "Packing":
+        """Removes these arguments from others and returns them."""
+        return cls(**{name: arguments.pop(name) for name in cls._fields if name in arguments})
+
+    def names(self) -> list[str]:
+        """Returns the arguments that are given."""
+        return [name for name, value in self._asdict().items() if value is not None]
+
+
+class CachedDocuments(NamedTuple):
+    """What a cache's tokens do not show of their documents.
+
+    Attributes:
+        start: The number that positions begin with in the last document of every row; `None`: it differs.
+        several: Whether a row holds more than one document.
+    """
+
+    start: int | None = 0
+    several: bool = False
+
+
+class Pass(NamedTuple):
+    """The tokens of a forward pass.
+
+    Attributes:
+        slots: `[batch, queries]`, where the queries are among the keys.
+        queries: `[batch, queries]`, their positions.
+        real: `[batch, queries]`, False at padding.
+        keys: `[batch, keys]`, positions.
+        key_mask: `[batch, keys]`, False at padding and where there is no token yet.
+        past: Number of cached tokens; a tensor while tracing.
+        tracing: Whether the pass is compiled, exported or traced: then no value can be looked at.
+    """
+
+    slots: Tensor
+    queries: Tensor
+    real: Tensor
+    keys: Tensor
+    key_mask: Tensor
+    past: int | Tensor
+    tracing: bool
+
+
+def document_starts(
+    tokens: Pass, position_ids: Tensor | None, numbers: Tensor | None, packing: Packing, cache: Cache | None
+) -> Tensor | None:
+    """Returns where the documents of the queries begin, `[batch, queries]`, and notes on the cache what it must keep.
+
+    Args:
+        tokens: The pass.
+        position_ids: `[batch or 1, queries]`.
+        numbers: `[batch, keys]`, the attention mask if it can hold document numbers.
+        packing: The other arguments.
+        cache: The cache, before it gets the keys of this pass.
+
+    Returns:
+        Positions, or `None` if every row is one document.
+
+    Raises:
+        ValueError: If an argument does not fit or contradicts another, or if nothing says to which of several cached
+            documents the new tokens belong.
+    """
+    note = _read(cache, tokens.past)
+    found: dict[str, Tensor] = {}
+    if numbers is not None:
+        found["attention_mask"] = _starts_by_number(tokens, numbers, "attention_mask")
+    if packing.seq_idx is not None:
+        found["seq_idx"] = _starts_by_number(tokens, _of_all_keys(tokens, packing.seq_idx), "seq_idx")
+    if packing.cu_seq_lens_q is not None or packing.cu_seq_lens_k is not None:
+        found["cu_seq_lens"] = _starts_by_number(tokens, _numbers_from_bounds(tokens, packing), "cu_seq_lens_k")
+    elif packing.max_length_q is not None or packing.max_length_k is not None:
+        raise ValueError("max_length_q and max_length_k say nothing without cu_seq_lens_q and cu_seq_lens_k.")
+    begins = None
+    if position_ids is not None:
+        known = next(iter(found.values()), None)
+        found["position_ids"], begins = _starts_by_position(tokens, position_ids, note.start, known)
+    if not found:
+        check_one_document(cache, tokens.past)
+        return None
+    if tokens.tracing:
+        return torch.stack(list(found.values())).amax(0)
+    first = _agreed(found, tokens.real)
+    if cache is not None:
+        _write(cache, tokens, first, begins, note)
+    return first
+
+
+def check_one_document(cache: Cache | None, past: int | Tensor) -> None:
+    """Checks that a pass need not say where documents end.
+
+    Raises:
+        ValueError: If the cache holds several documents.
+    """
+    if _read(cache, past).several:
+        raise ValueError(
+            "The cache holds several documents, and nothing says which of their tokens the new ones see: give "
+            "position_ids that go on in the last document, or an attention_mask of document numbers."
+        )
+    if isinstance(past, int) and past == 0 and hasattr(cache, NOTE):
+        delattr(cache, NOTE)  # it has been in use before
+
+
+def latest(flags: Tensor, values: Tensor) -> Tensor:
+    """Returns for every token the value at the last flagged token up to it, 0 before the first; `[batch, tokens]`."""
+    number = flags.long().cumsum(1)
+    table = F.pad(torch.zeros_like(values), (1, 0)).scatter(1, number * flags, values * flags)
+    return table.gather(1, number)
+
+
+def _before(flags: Tensor, values: Tensor) -> Tensor:
+    """Returns for every token the value at the last flagged token before it."""
+    return F.pad(latest(flags, values), (1, 0))[:, :-1]  # padded first: a size of tokens - 1 would narrow a graph
+
+
+def _check_integers(name: str, values: Any, batch: int) -> None:
+    is_tensor = isinstance(values, Tensor)
+    if not is_tensor or values.dim() != 2 or values.shape[0] not in (1, batch) or values.is_floating_point():
+        given = f"{values.dtype} {list(values.shape)}" if is_tensor else type(values).__name__
+        raise ValueError(f"{name} must be a tensor of integers [{batch} or 1, tokens], got {given}.")
+
+
+def _starts_by_number(tokens: Pass, numbers: Tensor, name: str) -> Tensor:
+    """Returns where documents begin, for the queries, from a number for every key: `[batch, queries]`."""
+    real = tokens.key_mask
+    begins = real & ((numbers != _before(real, numbers)) | (tokens.keys == 0))
+    if not tokens.tracing:
+        ordered = torch.where(real, numbers, -1).sort(1).values
+        distinct = (F.pad(ordered, (1, 0), value=-1).diff(dim=1) > 0).sum(1)
+        if bool((begins.sum(1) > distinct).any()):
+            raise ValueError(
+                f"{name} numbers a document whose tokens lie apart, with another document between them: a document "
+                "must be in one piece."
+            )
+    return latest(begins, tokens.keys).gather(1, tokens.slots)
+
+
+def _of_all_keys(tokens: Pass, seq_idx: Tensor) -> Tensor:
+    """Returns the document numbers of all keys, `[batch, keys]`."""
+    batch, num_keys = tokens.keys.shape
+    _check_integers("seq_idx", seq_idx, batch)
+    if not tokens.tracing:
+        expected = tokens.past + tokens.slots.shape[1]
+        if seq_idx.shape[1] != expected:
+            raise ValueError(
+                f"seq_idx covers {seq_idx.shape[1]} tokens; it must cover the {tokens.past} cached and the "
+                f"{tokens.slots.shape[1]} new ones."
+            )
+        if bool((seq_idx < 0).any()):
+            raise ValueError("seq_idx must number documents from 0; padding is for the attention_mask to say.")
+    seq_idx = seq_idx.to(tokens.keys).expand(batch, -1)
+    return F.pad(seq_idx, (0, max(0, num_keys - seq_idx.shape[1])))[:, :num_keys]
+
+
+def _numbers_from_bounds(tokens: Pass, packing: Packing) -> Tensor:
+    """Returns the document numbers of all keys, `[batch, keys]`, from cumulative lengths."""
+    bounds_q, bounds_k = packing.cu_seq_lens_q, packing.cu_seq_lens_k
+    if bounds_q is None or bounds_k is None:
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k belong together; give both.")
+    past = tokens.past
+    if isinstance(past, Tensor):
+        raise ValueError("A graph with a static cache cannot take cu_seq_lens; give position_ids.")
+    (batch, num_queries), num_keys = tokens.slots.shape, tokens.keys.shape[1]
+    length = past + num_queries
+    of_queries = _numbers("cu_seq_lens_q", bounds_q, packing.max_length_q, batch, num_queries, tokens)
+    of_keys = _numbers("cu_seq_lens_k", bounds_k, packing.max_length_k, batch, length, tokens)
+    if not tokens.tracing and not (
+        len(bounds_q) == len(bounds_k) and torch.equal(of_queries, of_keys[:, length - num_queries :])
+    ):
+        raise ValueError(
+            f"cu_seq_lens_q={bounds_q.tolist()} and cu_seq_lens_k={bounds_k.tolist()} contradict each other: the "
+            f"queries of a document must be the last of its keys, of which {past} a row are cached."
+        )
+    return F.pad(of_keys, (0, num_keys - length))
+
+
+def _numbers(name: str, bounds: Tensor, longest: int | None, batch: int, length: int, tokens: Pass) -> Tensor:
+    """Returns the number of the document of every token, `[batch, length]`, from the bounds of all documents."""
+    if not isinstance(bounds, Tensor) or bounds.dim() != 1 or bounds.is_floating_point():
+        raise ValueError(f"{name} must be a tensor of integers [documents + 1].")
+    bounds = bounds.to(tokens.keys)
+    if not tokens.tracing:
+        sizes = bounds.diff()
+        if len(bounds) < 2 or int(bounds[0]) != 0 or int(bounds[-1]) != batch * length or bool((sizes < 0).any()):
+            raise ValueError(
+                f"{name}={bounds.tolist()} must rise from 0 to {batch * length}, the number of tokens in the batch"
+                f"{', cached ones included' if name.endswith('k') else ''}."
+            )
+        if longest is not None and int(longest) < int(sizes.max()):
+            raise ValueError(
+                f"max_length_{name[-1]}={int(longest)} contradicts {name}: a document has {int(sizes.max())} tokens."
+            )
+    slots = torch.arange(batch * length, device=bounds.device)
+    numbers = (torch.searchsorted(bounds, slots, right=True) - 1).view(batch, length)
+    if not tokens.tracing and bool((numbers[1:, 0] == numbers[:-1, -1]).any()):
+        raise ValueError(f"{name}={bounds.tolist()} has a document in two rows; each row has {length} tokens.")
+    return numbers
+
+
+def _starts_by_position(
+    tokens: Pass, position_ids: Tensor, start: int | None, known: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Returns where documents begin and with which number, for the queries, from positions; both `[batch, queries]`.
+
+    The first token of the pass goes on in a document of the cache if its position exceeds `start`. By as many tokens
+    the document reaches back. A position may jump only where by `known`, `[batch, queries]`, a document begins.
+    """
+    batch, num_queries = tokens.slots.shape
+    _check_integers("position_ids", position_ids, batch)
+    if position_ids.shape[1] != num_queries:
+        raise ValueError(f"position_ids has {position_ids.shape[1]} columns; it must have {num_queries}, one a query.")
+    if start is None:
+        raise ValueError(
+            "The cached documents begin with different position_ids in different rows, so the new position_ids do not "
+            "say how far back a document reaches: let all begin with the same, give an attention_mask of document "
+            "numbers in their place, or pass use_cache=False."
+        )
+    positions = position_ids.to(tokens.queries).expand(batch, -1)
+    queries, real = tokens.queries, tokens.real
+    order = real.long().cumsum(1)
+    leads = real & (order == 1)
+    reach = (positions - start).clamp(min=0)
+    gap = tokens.slots - _before(real, tokens.slots)
+    step = positions - _before(real, positions)
+    too_far = torch.where(leads, (queries > 0) & (reach > tokens.slots), real & (step > gap))
+    explained = too_far & False if known is None else too_far & (known == queries)
+    goes_on = leads & (reach > 0) & (queries > 0) & ~explained
+    begins = real & (leads | explained | (step < 1))
+    reached = (queries - reach).clamp(min=0)
+    first = latest(begins, torch.where(goes_on, reached, queries))
+    first = torch.where(order > 0, first, reached)  # padding in front of all tokens
+    number = latest(begins, torch.where(goes_on, start, positions))
+    too_far = too_far & ~explained
+    if not tokens.tracing and bool(too_far.any()):
+        row, column = too_far.nonzero()[0].tolist()
+        raise ValueError(
+            f"position_ids jump to {int(positions[row, column])} at token {column} of row {row}, further than there "
+            "are tokens. ALiBi's distances count the tokens between; let positions go on by one, or give an "
+            "attention_mask with four dimensions, which leaves distances to position_ids."
+        )
+    return first, number
+
+
+def _agreed(found: dict[str, Tensor], real: Tensor) -> Tensor:
+    (name, first), *others = found.items()
+    for other, starts in others:
+        differs = real & (starts != first)
+        if bool(differs.any()):
+            row, column = differs.nonzero()[0].tolist()
+            raise ValueError(
+                f"{name} and {other} contradict each other: by the first, the document of token {column} in row {row} "
+                f"begins at token {int(first[row, column])} of the text, by the other at {int(starts[row, column])}."
+            )
+    return first
+
+
+def _read(cache: Cache | None, past: int | Tensor) -> CachedDocuments:
+    is_empty = cache is None or (isinstance(past, int) and past == 0)
+    return CachedDocuments() if is_empty else getattr(cache, NOTE, CachedDocuments())
+
+
+def _write(cache: Cache, tokens: Pass, first: Tensor, begins_with: Tensor | None, note: CachedDocuments) -> None:
+    several = note.several or bool((tokens.real & (first > 0)).any())
+    start = note.start
+    if begins_with is not None:
+        last = latest(tokens.real, begins_with)[:, -1]
+        numbers = set(last[tokens.real.any(1)].tolist()) or {start}
+        start = numbers.pop() if len(numbers) == 1 else None
+    setattr(cache, NOTE, CachedDocuments(start, several))
