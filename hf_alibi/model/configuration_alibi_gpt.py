@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 from .alibi import alibi_slopes
-from .unknown_fields import warn_of_unknown_fields
+from .unknown_fields import nearest_field, warn_of_unknown_fields
 from .windows import WindowGuarantee, qk_norm_guarantee
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class AlibiGPTConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         length = _one_training_length(self.training_length, kwargs.pop("max_position_embeddings", None))
         self.training_length = DEFAULT_TRAINING_LENGTH if length is None else length
-        warn_of_unknown_fields(self, kwargs)
+        warn_of_unknown_fields(type(self), kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
@@ -209,6 +209,9 @@ class AlibiGPTConfig(PreTrainedConfig):
         first_name = kwargs.pop("max_position_embeddings", None)
         if first_name is not None:
             kwargs["training_length"] = _one_training_length(kwargs.get("training_length"), first_name)
+        if not kwargs.get("return_unused_kwargs"):  # Transformers drops what is no field; not all is meant for one
+            others = [name for name in kwargs if not hasattr(cls, name)]
+            warn_of_unknown_fields(cls, [name for name in others if nearest_field(cls, name, similarity=0.8)])
         return super().from_dict(config_dict, **kwargs)
 
     @property

@@ -6,8 +6,8 @@ another model, would change nothing, without a word.
 
 import difflib
 import warnings
+from collections.abc import Iterable
 from dataclasses import fields
-from typing import Any
 
 from transformers import GenerationConfig
 
@@ -65,24 +65,28 @@ OTHER_NAMES = {
 FIELD_OF = {name: field for field, names in OTHER_NAMES.items() for name in names}
 
 
-def warn_of_unknown_fields(config: Any, given: dict[str, Any]) -> None:
-    """Warns of the names in `given` that are no fields of `config`, each with the nearest field.
+def warn_of_unknown_fields(config_class: type, given: Iterable[str]) -> None:
+    """Warns of the names that are no fields of `config_class`, each with the nearest field.
 
     Args:
-        config: A dataclass.
-        given: What the config was given beside its fields.
+        config_class: A dataclass.
+        given: Names that a config was given beside its fields.
     """
     bookkeeping = BOOKKEEPING | GenerationConfig().to_dict().keys()  # a model takes those to its generation config
     unknown = sorted(name for name in given if name not in bookkeeping and not name.startswith("_"))
     if not unknown:
         return
-    known = {field.name: field.name for field in fields(config)} | FIELD_OF
-    hints = []
-    for name in unknown:
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hints.append(f"{name} (did you mean {known[nearest[0]]}?)" if nearest else name)
+    nearest = {name: nearest_field(config_class, name) for name in unknown}
+    hints = [f"{name} (did you mean {field}?)" if field else name for name, field in nearest.items()]
     warnings.warn(
-        f"{type(config).__name__} has no field {', '.join(hints)}: given, but without effect.",
+        f"{config_class.__name__} has no field {', '.join(hints)}: given, but without effect.",
         UserWarning,
         stacklevel=2,
     )
+
+
+def nearest_field(config_class: type, name: str, similarity: float = 0.6) -> str | None:
+    """Returns the field that `name` may mean, at least this similar (0 to 1), or `None`."""
+    known = {field.name: field.name for field in fields(config_class)} | FIELD_OF
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=similarity)
+    return known[nearest[0]] if nearest else None

@@ -139,6 +139,14 @@ def test_an_unknown_field_in_a_saved_config_is_named(tmp_path: Path) -> None:
         AutoConfig.from_pretrained(tmp_path)
 
 
+def test_an_unknown_override_of_a_saved_config_is_named() -> None:
+    for name in ("hiden_size", "n_layer"):
+        with pytest.warns(UserWarning, match=f"has no field {name}"):
+            AutoConfig.from_pretrained(FIRST_RELEASE / "qk-norm", **{name: 3})
+    with pytest.raises(TypeError, match="hiden_size"):
+        AutoModelForCausalLM.from_pretrained(FIRST_RELEASE / "qk-norm", hiden_size=3)
+
+
 # Warnings are errors in tests, so these assert that there is none.
 
 
