@@ -71,7 +71,7 @@ def data_digest(blocks: Dataset) -> str:
             digest.update(f"{name} {len(column)} ".encode())
             for values in (column.value_lengths(), column.flatten()):
                 digest.update(f"{values.type} ".encode())
-                digest.update(memoryview(np.ascontiguousarray(values)))
+                digest.update(np.ascontiguousarray(values).data)
     return digest.hexdigest()
 
 
