@@ -7,11 +7,13 @@ from pathlib import Path
 import conversion_sources as sources
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from tiny import VOCAB_SIZE, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM, GenerationConfig
 
 from hf_alibi.__main__ import main
+from hf_alibi.conversion import convert
+from hf_alibi.errors import UserError
 from hf_alibi.hub.checkpoints import load_causal_lm
 
 CARD = "---\nlicense: bigscience-bloom-rail-1.0\nlanguage: [en]\n---\n\n# A source\n"
@@ -65,6 +67,25 @@ def test_defaults_of_generation_in_an_old_config_are_kept(tmp_path: Path) -> Non
     main(["convert", str(source), str(tmp_path / "ours")])
     found = GenerationConfig.from_pretrained(tmp_path / "ours")
     assert (found.do_sample, found.temperature, found.eos_token_id) == (True, 0.3, 0)
+
+
+# The client hands files to its HTTP library in a way that this has come to deprecate.
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+def test_a_source_on_the_hub_comes_without_its_code(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hub_server import HubServer
+
+    with HubServer() as server:
+        server.connect(tmp_path / "home", monkeypatch)
+        HfApi().create_repo("tester/source")
+        HfApi().upload_folder(repo_id="tester/source", folder_path=source)
+        convert("tester/source", tmp_path / "ours")
+        assert not any("modeling_evil.py" in request for request in server.requests if request.startswith("GET"))
+        with pytest.raises(UserError, match="there is no repository tester/absent"):
+            convert("tester/absent", tmp_path / "absent")
+    card = ModelCard.load(tmp_path / "ours" / "README.md")
+    assert card.data.base_model == "tester/source"
 
 
 PROGRAM = """
