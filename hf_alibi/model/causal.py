@@ -24,11 +24,10 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .alibi import causal_line
-from .private_torch import CPU_FLASH, CPU_FLASH_BACKWARD, has_cpu_flash
+from .private_torch import CPU_FLASH, CPU_FLASH_BACKWARD, TRANSFORMS_ARE_ACTIVE, has_own_operator
 from .runs import Runs
 from .tiles import FULL_SPEED, Tile, in_pieces, joined, key_tiles, query_tiles
 
-_TRANSFORMS_ARE_ACTIVE = torch._C._are_functorch_transforms_active  # what autograd.Function asks
 NAMESPACE = re.sub(r"\W", "_", __name__)  # the copy of this file that comes with a model has operators of its own
 
 
@@ -74,12 +73,12 @@ def causal_attention(
 
 def is_one_operator(dropout: float, query: Tensor, *others: Tensor) -> bool:
     """Whether `causal_attention` is a single operator for these tensors, rather than a loop of kernels."""
-    return query.device.type == "cpu" and not dropout and has_cpu_flash() and not is_transformed(query, *others)
+    return query.device.type == "cpu" and not dropout and has_own_operator() and not is_transformed(query, *others)
 
 
 def is_transformed(*tensors: Tensor) -> bool:
     """Whether a transform of `torch.func` or forward-mode AD asks more of these tensors than backward does."""
-    if _TRANSFORMS_ARE_ACTIVE():
+    if TRANSFORMS_ARE_ACTIVE is not None and TRANSFORMS_ARE_ACTIVE():
         return True
     # A compiled graph is traced anew under forward-mode AD, and PyTorch refuses what it cannot differentiate.
     return not torch.compiler.is_compiling() and any(unpack_dual(states).tangent is not None for states in tensors)

@@ -5,7 +5,7 @@ from functools import wraps
 from typing import Any
 
 from torch import Tensor
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 
 from .cache import WindowedCache
 from .cache_names import CACHE_NAME, only_cache

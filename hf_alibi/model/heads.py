@@ -21,9 +21,9 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from transformers.utils import can_return_tuple
 
 from .cache_names import CACHE_NAME, only_cache
+from .outputs import as_asked
 
 IGNORED_LABEL = -100
 
@@ -39,7 +39,6 @@ class SequenceClassificationHead:
         self.loss_function = sequence_classification_loss
         self.post_init()  # type: ignore[attr-defined]
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -50,6 +49,7 @@ class SequenceClassificationHead:
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
         """Scores the classes of every text; further arguments as in the decoder.
@@ -76,6 +76,7 @@ class SequenceClassificationHead:
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -90,13 +91,14 @@ class SequenceClassificationHead:
         if labels is not None:
             config = self.config  # type: ignore[attr-defined]
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=config, **kwargs)
-        return SequenceClassifierOutputWithPast(
+        outputs = SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
+        return as_asked(outputs, return_dict, self.config)  # type: ignore[attr-defined]
 
 
 class TokenClassificationHead:
@@ -110,7 +112,6 @@ class TokenClassificationHead:
         self.loss_type = "ForTokenClassification"
         self.post_init()  # type: ignore[attr-defined]
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -121,6 +122,7 @@ class TokenClassificationHead:
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
         """Scores the classes of every token; further arguments as in the decoder.
@@ -138,6 +140,7 @@ class TokenClassificationHead:
             past_key_values=only_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         logits = self.score(self.dropout(outputs.last_hidden_state))
@@ -145,9 +148,10 @@ class TokenClassificationHead:
         if labels is not None:
             config = self.config  # type: ignore[attr-defined]
             loss = self.loss_function(logits=logits, labels=labels, config=config, **kwargs)  # type: ignore[attr-defined]
-        return TokenClassifierOutput(
+        outputs = TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+        return as_asked(outputs, return_dict, self.config)  # type: ignore[attr-defined]
 
 
 class QuestionAnsweringHead:
@@ -159,7 +163,6 @@ class QuestionAnsweringHead:
         self.loss_type = "ForQuestionAnswering"
         self.post_init()  # type: ignore[attr-defined]
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -171,6 +174,7 @@ class QuestionAnsweringHead:
         end_positions: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
         """Scores where the answer is; further arguments as in the decoder.
@@ -189,6 +193,7 @@ class QuestionAnsweringHead:
             past_key_values=only_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).float().unbind(-1)
@@ -197,13 +202,14 @@ class QuestionAnsweringHead:
             loss = self.loss_function(  # type: ignore[attr-defined]
                 start_logits, end_logits, start_positions, end_positions, **kwargs
             )
-        return QuestionAnsweringModelOutput(
+        outputs = QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits,
             end_logits=end_logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+        return as_asked(outputs, return_dict, self.config)  # type: ignore[attr-defined]
 
 
 def sequence_classification_loss(

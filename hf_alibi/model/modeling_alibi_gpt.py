@@ -18,7 +18,6 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.auto import modeling_auto
 
 from .alibi import interpolated_slopes
 from .arguments import check_arguments
@@ -224,6 +223,11 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
         """
         super().__init_subclass__(**kwargs)
         if cls._table_of_names is not None:
+            # Only here, as a checkpoint must load where Transformers has moved or dropped these tables.
+            try:
+                from transformers.models.auto import modeling_auto
+            except ImportError:
+                return
             getattr(modeling_auto, cls._table_of_names, {})[cls.__name__] = cls.__name__
 
     @property

@@ -4,6 +4,7 @@
 |---|---|---|
 | `CPU_FLASH` | attention with a bias of overlapping strides and any float dtype; returns the logarithm of the softmax's sum | `sdpa` on the CPU loops over the public kernel, which is slower and looks at every key |
 | `CPU_FLASH_BACKWARD` | the gradients of that, given its two results | as `CPU_FLASH` |
+| `TRANSFORMS_ARE_ACTIVE` | whether a transform of `torch.func` runs, of which the model's own operator knows nothing | as `CPU_FLASH`; PyTorch then refuses what it cannot differentiate |
 | `MASKED_INDEX` | an element of a table, in code that FlexAttention compiles for the CPU, without naming a size | plain indexing, which some PyTorch versions fail to compile there |
 | `is_static` | whether a compiled graph knows the value of a size | graphs are for any size, which is slower |
 
@@ -17,12 +18,13 @@ import torch
 
 CPU_FLASH: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 CPU_FLASH_BACKWARD: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+TRANSFORMS_ARE_ACTIVE: Any = getattr(torch._C, "_are_functorch_transforms_active", None)
 MASKED_INDEX: Any = getattr(torch.ops.aten, "_unsafe_masked_index", None)
 
 
-def has_cpu_flash() -> bool:
-    """Whether this PyTorch has the CPU's flash kernel as an operator, with its backward pass."""
-    return CPU_FLASH is not None and CPU_FLASH_BACKWARD is not None
+def has_own_operator() -> bool:
+    """Whether this PyTorch has all that the model's own operator for the CPU stands on."""
+    return all(part is not None for part in (CPU_FLASH, CPU_FLASH_BACKWARD, TRANSFORMS_ARE_ACTIVE))
 
 
 def is_static(size: Any) -> bool:

@@ -15,12 +15,15 @@ from conftest import ModelFactory
 from tiny import tiny_tokenizer
 from torch import Tensor
 from transformers import DynamicCache, Trainer, TrainingArguments, pipeline
+from transformers.generation import GenerationMixin
 from transformers.generation import utils as generation_utils
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import hf_alibi
+from hf_alibi import AlibiGPTForQuestionAnswering, AlibiGPTForSequenceClassification, AlibiGPTForTokenClassification
 from hf_alibi.model import causal, private_torch, versions
 from hf_alibi.model.cache_names import CACHE_NAME
+from hf_alibi.model.generation import AlibiGenerationMixin
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "compatibility.md"
@@ -147,6 +150,21 @@ def test_a_tuple_is_returned_where_one_is_asked_for(make_model: ModelFactory) ->
     assert torch.equal(model(tokens(), return_dict=True).logits, logits)
 
 
+@pytest.mark.parametrize(
+    "head",
+    [AlibiGPTForSequenceClassification, AlibiGPTForTokenClassification, AlibiGPTForQuestionAnswering],
+    ids=["sequence", "token", "question"],
+)
+def test_heads_return_a_tuple_where_one_is_asked_for(make_model: ModelFactory, head: type) -> None:
+    model = head(make_model().config).eval()
+    first = next(iter(model(tokens()).values()))
+    assert torch.equal(model(tokens(), return_dict=False)[0], first)
+    model.config.return_dict = False
+    outputs = model(tokens())
+    assert isinstance(outputs, tuple)
+    assert torch.equal(outputs[0], first)
+
+
 def test_layers_that_run_again_in_backward_get_no_cache(make_model: ModelFactory) -> None:
     model = make_model()
     expected = torch.autograd.grad(model(tokens(), labels=tokens()).loss, model.model.norm.weight)[0]
@@ -250,11 +268,14 @@ def test_optional_parts_are_imported_where_they_are_used() -> None:
 HOOKS = {
     "_prepare_cache_for_generation": "the windowed cache is not made, and generation uses a dynamic one",
     "_prepare_position_ids_for_generation": "prompts that are padded on the right get wrong positions",
-    "_prepare_generated_length": "the default length of a text ends at the training length",
-    "_get_stopping_criteria": "texts beyond the training length are warned of",
     "create_masks_for_generate": "a static cache gets a mask that loses the distances of padded prompts",
     "init_continuous_batching": "continuous batching changes to an attention without ALiBi",
 }
+
+
+def test_every_private_method_that_is_overridden_is_known() -> None:
+    private = {name for name in vars(AlibiGenerationMixin) if name.startswith("_") and hasattr(GenerationMixin, name)}
+    assert {name for name in private if not name.startswith("__")} <= HOOKS.keys()
 
 
 @pytest.mark.parametrize("name", HOOKS)
@@ -272,7 +293,7 @@ def test_generate_still_calls_what_is_overridden(name: str) -> None:
 
 def test_the_flash_kernel_of_the_cpu_keeps_its_promises() -> None:
     """A bias of overlapping strides and another dtype is read; the second result is the log of the softmax's sum."""
-    assert private_torch.has_cpu_flash(), "this PyTorch has no flash kernel for the CPU under the name that is used"
+    assert private_torch.has_own_operator(), "this PyTorch lacks a name in private_torch.py, or has renamed it"
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 3, n, 16, generator=generator) for n in (5, 9, 9))
     line = torch.randn(3, 13, generator=generator)
@@ -303,7 +324,7 @@ def test_a_masked_index_takes_one_element_by_its_offset() -> None:
     assert torch.equal(found, torch.tensor([3.0, 0.0]))
 
 
-@pytest.mark.parametrize("name", ["CPU_FLASH", "CPU_FLASH_BACKWARD"])
+@pytest.mark.parametrize("name", ["CPU_FLASH", "CPU_FLASH_BACKWARD", "TRANSFORMS_ARE_ACTIVE"])
 def test_without_the_flash_kernel_results_are_the_same(
     make_model: ModelFactory, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -322,7 +343,16 @@ def test_without_the_flash_kernel_results_are_the_same(
     torch.testing.assert_close(model.model.embed_tokens.weight.grad, gradient, rtol=0, atol=1e-4 * scale)
 
 
+def test_transforms_are_noticed_while_they_run() -> None:
+    assert not private_torch.TRANSFORMS_ARE_ACTIVE()
+    seen = []
+    torch.func.vmap(lambda x: (seen.append(private_torch.TRANSFORMS_ARE_ACTIVE()), x)[1])(torch.ones(2))
+    assert seen == [True]
+
+
 def test_private_names_of_pytorch_are_in_one_file() -> None:
     for file in MODEL_FILES:
-        private = re.findall(r"torch\.ops\.aten\.\w+|torch\._[a-z]\w+|torch\.fx\.experimental[\w.]*", file.read_text())
+        private = re.findall(
+            r"torch\.ops\.aten\.\w+|torch\._(?!_)[\w.]+|torch\.fx\.experimental[\w.]*", file.read_text()
+        )
         assert not private or file.name == "private_torch.py", f"{file.name} uses {private}"
