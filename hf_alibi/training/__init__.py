@@ -3,7 +3,8 @@
 try:
     import datasets  # noqa: F401
 except ModuleNotFoundError as error:
-    raise ImportError("hf_alibi.training needs the package datasets: pip install 'hf_alibi[train]'") from error
+    message = "hf_alibi.training needs the package datasets: pip install 'hf_alibi[train]'"
+    raise ModuleNotFoundError(message, name=error.name) from error
 
 from .data import collate_blocks, load_file_corpus, load_hub_corpus, pack, standard_library_corpus, train_tokenizer
 from .resume import find_checkpoint

@@ -37,10 +37,10 @@ def test_an_unknown_command_ends_in_a_line() -> None:
     assert finished.stderr == f"error: hf_alibi has no command 'trian', only {', '.join(COMMANDS)}\n"
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "publish", "benchmark", "serve", "chat"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "publish", "benchmark model", "serve", "chat"])
 def test_unknown_options_end_in_a_line_that_names_them(command: str) -> None:
     with pytest.raises(UserError, match=r"--no_such_option|required|[Mm]issing") as refusal:
-        main([command, "--no_such_option", "5"])
+        main([*command.split(), "--no_such_option", "5"])
     assert "\n" not in str(refusal.value)
 
 
@@ -54,6 +54,12 @@ def test_a_missing_package_is_named_with_its_extra(
     extra = COMMANDS[command].extra
     with pytest.raises(UserError, match=rf"needs the package {package}: pip install 'hf_alibi\[{extra}\]'"):
         main([command])
+
+
+def test_the_training_package_names_what_it_lacks() -> None:
+    code = "import sys; sys.modules['datasets'] = None; import hf_alibi.training"
+    last = run("-c", code).stderr.splitlines()[-1]
+    assert last.endswith("hf_alibi.training needs the package datasets: pip install 'hf_alibi[train]'")
 
 
 def test_importing_the_package_imports_nothing_optional() -> None:

@@ -31,6 +31,7 @@ BAD_OPTIONS = {
     "held out": (["--validation_split_percentage", "100"], "--validation_split_percentage must be from 0 to 99"),
     "no blocks": (["--max_train_samples", "0"], "--max_train_samples must be at least 1, got 0"),
     "no blocks to evaluate": (["--max_eval_samples", "0"], "--max_eval_samples must be at least 1, got 0"),
+    "configuration of nothing": (["--dataset_config_name", "x"], "--dataset_config_name needs --dataset_name"),
     "empty name": (["--model_name_or_path", ""], "--model_name_or_path is empty"),
     "padding": (["--config_overrides", f"{SIZE},pad_token_id=300"], "300 tokens, but no pad_token_id 300"),
     "end of text": (["--config_overrides", f"{SIZE},eos_token_id=-1"], "300 tokens, but no eos_token_id -1"),
