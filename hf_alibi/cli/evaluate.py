@@ -95,6 +95,10 @@ def check(arguments: EvaluationArguments, loading: LoadingArguments) -> list[str
     labels = arguments.labels or [Path(path).resolve().name for path in paths]
     if len(labels) != len(paths):
         raise UserError(f"there are {len(labels)} --labels for {len(paths)} checkpoints; give one for each")
+    if arguments.dataset_name and arguments.validation_file:
+        raise UserError("give either --dataset_name or --validation_file, not both")
+    if arguments.dataset_config_name and not arguments.dataset_name:
+        raise UserError("--dataset_config_name needs --dataset_name")
     in_range(arguments, 1, "lengths", "stride", "max_tokens", "tokens_per_forward")
     if arguments.stride is not None and arguments.stride > min(arguments.lengths):
         raise UserError(
@@ -113,8 +117,6 @@ def check(arguments: EvaluationArguments, loading: LoadingArguments) -> list[str
 def load_documents(arguments: EvaluationArguments) -> Iterable[str]:
     """The documents that the arguments name."""
     source: dict[str, Any] = {"text_column": arguments.text_column, "streaming": arguments.streaming}
-    if arguments.dataset_name and arguments.validation_file:
-        raise UserError("give either --dataset_name or --validation_file, not both")
     if arguments.dataset_name:
         return load_hub_corpus(arguments.dataset_name, arguments.dataset_config_name, **source)["validation"]["text"]
     if arguments.validation_file:

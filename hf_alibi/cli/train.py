@@ -164,6 +164,8 @@ def check(model_args: ModelArguments, data_args: DataArguments, training_args: T
     """Raise `UserError` for options that exclude each other, or that fail only once training has begun or ended."""
     if data_args.dataset_name and (data_args.train_file or data_args.validation_file):
         raise UserError("give either --dataset_name or --train_file and --validation_file, not both")
+    if data_args.dataset_config_name and not data_args.dataset_name:
+        raise UserError("--dataset_config_name needs --dataset_name")
     if data_args.validation_file and not data_args.train_file:
         raise UserError("--validation_file needs --train_file")
     if data_args.streaming and not (data_args.dataset_name or data_args.train_file):

@@ -21,7 +21,7 @@ def is_unicode(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(is_unicode)]
-StopString = Annotated[Text, Field(min_length=1, max_length=200)]
+StopString = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(is_unicode)]
 Temperature = Literal[0] | Annotated[float, Field(ge=0.01)]  # 0: no sampling; logits over less would overflow
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
@@ -81,7 +81,7 @@ class GenerationRequest(Body):
 class CompletionRequest(GenerationRequest):
     """A text to continue."""
 
-    prompt: Annotated[Text, Field(min_length=1)]
+    prompt: Annotated[str, Field(min_length=1), AfterValidator(is_unicode)]
     suffix: Text | None = None
 
 

@@ -302,7 +302,9 @@ def _explain(error: RequestValidationError) -> str:
     """What is wrong with a request, field by field."""
     reasons = []
     for problem in error.errors():
-        field = ".".join(str(part) for part in problem["loc"][1:]) or "the body"
+        # Where a field has a choice of types, pydantic puts the type into the path, in brackets of its own.
+        path = [str(part) for part in problem["loc"][1:] if "[" not in str(part)]
+        field = ".".join(path) or "the body"
         if problem["msg"] == "JSON decode error":  # where it happened takes the place of the field
             reasons.append(f"the body is not JSON: {problem['ctx']['error']} (character {field})")
         else:

@@ -30,6 +30,14 @@ def write_evaluation(path: Path, *curves: Curve) -> CardArguments:
     return CardArguments(evaluation=path, evaluation_text="some/text")
 
 
+def edit(arguments: CardArguments, field: str, value: object) -> None:
+    """Give the first result another value."""
+    assert arguments.evaluation is not None
+    written = json.loads(arguments.evaluation.read_text())
+    written["models"][0]["results"][0][field] = value
+    arguments.evaluation.write_text(json.dumps(written))
+
+
 def read(card: ModelCard) -> ModelCard:
     """The card as the Hub's client reads it from its file, which checks the metadata."""
     return ModelCard(str(card))
@@ -74,9 +82,10 @@ def test_what_training_left_behind_is_in_it(make_model: ModelFactory, tmp_path: 
 
 
 def test_what_is_damaged_is_refused(make_model: ModelFactory, tmp_path: Path) -> None:
-    (tmp_path / "trainer_state.json").write_text('{"global_step": 1')
-    with pytest.raises(UserError, match=r"trainer_state.json is damaged: .*; put it right or remove it"):
-        model_card(make_model(), "me/books", tmp_path)
+    for damaged in (b'{"global_step": 1', b"[1]", b"\xff\xfe"):
+        (tmp_path / "trainer_state.json").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"trainer_state.json is damaged: .*; put it right or remove it"):
+            model_card(make_model(), "me/books", tmp_path)
 
 
 def test_the_evaluation_is_a_table_a_picture_and_a_model_index(make_model: ModelFactory, tmp_path: Path) -> None:
@@ -139,10 +148,32 @@ def test_windows_that_are_not_known_beforehand(
             "is not what hf_alibi evaluate writes: TypeError",
         ),
         (lambda arguments: arguments.evaluation.write_text("{"), "is not what hf_alibi evaluate writes: JSONDecode"),
+        (
+            lambda arguments: arguments.evaluation.write_bytes(b"\x89PNG\xff\xfe"),
+            "is not what hf_alibi evaluate writes: UnicodeDecodeError",
+        ),
+        (lambda arguments: edit(arguments, "perplexity", "x"), "is not what hf_alibi evaluate writes: TypeError"),
+        (lambda arguments: edit(arguments, "perplexity", math.nan), "is not what hf_alibi evaluate writes: TypeError"),
+        (lambda arguments: edit(arguments, "length", None), "is not what hf_alibi evaluate writes: TypeError"),
+        (
+            lambda arguments: arguments.evaluation.write_text('{"models": [{"results": [], "training_length": 512}]}'),
+            "it has no results",
+        ),
         (lambda arguments: arguments.plot.unlink(), "has no plot results.png beside it"),
         (lambda arguments: setattr(arguments, "evaluation_text", None), "--evaluation needs --evaluation_text"),
     ],
-    ids=["no file", "not ours", "no JSON", "no plot", "no name of the text"],
+    ids=[
+        "no file",
+        "not ours",
+        "no JSON",
+        "binary",
+        "text",
+        "nan",
+        "no length",
+        "empty",
+        "no plot",
+        "no name of the text",
+    ],
 )
 def test_an_evaluation_that_cannot_be_used_is_refused(
     make_model: ModelFactory, tmp_path: Path, spoil: Callable[[CardArguments], Any], message: str
