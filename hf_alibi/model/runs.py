@@ -33,7 +33,9 @@ class Runs(NamedTuple):
 
     def to(self, device: Any, **kwargs: Any) -> "Runs":
         """Returns a copy on another device."""
-        moved = {name: x.to(device, **kwargs) for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        moved: dict[str, Any] = {
+            name: x.to(device, **kwargs) for name, x in self._asdict().items() if isinstance(x, Tensor)
+        }
         return self._replace(**moved)
 
 
