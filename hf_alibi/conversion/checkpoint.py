@@ -156,11 +156,17 @@ class Writer:
         folder: Where.
         shapes: All tensors to come, on the meta device.
         max_shard_size: Bytes in a file at most, as a number or like "2GB".
+
+    Raises:
+        UserError: If that is no size.
     """
 
     def __init__(self, folder: Path, shapes: dict[str, Tensor], max_shard_size: int | str) -> None:
         self.folder = folder
-        self._plan = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
+        try:
+            self._plan = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
+        except ValueError as error:
+            raise UserError(f"max_shard_size must be a size such as 500MB or 5GB, got {max_shard_size!r}") from error
         self._file_of = {name: file for file, names in self._plan.filename_to_tensors.items() for name in names}
         self._waiting: dict[str, dict[str, Tensor]] = {file: {} for file in self._plan.filename_to_tensors}
         if self._plan.is_sharded:

@@ -29,7 +29,7 @@ from .table import plain_names
 TOLERANCE = 1e-4
 MAX_TOKENS = 256
 PADDING = 11  # tokens
-DECODED = 16  # tokens
+DECODED = 8  # tokens
 MIN_TOKENS = 2 * (PADDING + DECODED)
 
 # The beginning of "Alice's Adventures in Wonderland" (Lewis Carroll, 1865), which is in the public domain.

@@ -316,7 +316,8 @@ def test_a_model_that_is_not_its_source_is_noticed(tmp_path: Path) -> None:
     [
         ({"to": "gpt2"}, "'gpt2' is no target"),
         ({"to": "bloom"}, "only alibi_gpt becomes bloom"),
-        ({"text": "Too short."}, "too short: 10 tokens, of at least 54"),
+        ({"text": "Too short."}, "too short: 10 tokens, of at least 38"),
+        ({"max_shard_size": "much"}, "max_shard_size must be a size such as 500MB or 5GB, got 'much'"),
         ({"dtype": "int8"}, "dtype 'int8' is none for weights"),
     ],
 )

@@ -109,7 +109,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 HELD = {  # what either class has a field for, or what is a matter of time alone
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "norm_eps",
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "training_length", "norm_eps",
     "window_tolerance", "hidden_dropout", "initializer_range", "use_cache", "tie_word_embeddings", "pad_token_id",
     "bos_token_id", "eos_token_id",
 }  # fmt: skip
