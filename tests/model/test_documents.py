@@ -12,10 +12,9 @@ import torch
 from conftest import ModelFactory
 from test_flash import flash_attn_func, flash_attn_varlen_func
 from torch import Tensor
-from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
+from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache, modeling_flash_attention_utils
 
 from hf_alibi import AlibiGPTForCausalLM
-from hf_alibi.model import attention
 from hf_alibi.model.documents import NOTE
 from hf_alibi.positions.sinusoidal import SinusoidalGPTConfig, SinusoidalGPTForCausalLM
 
@@ -40,7 +39,7 @@ def model_of(make_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> Calla
     def make(backend: str) -> AlibiGPTForCausalLM:
         model = make_model(num_attention_heads=4, hidden_size=64)
         kernels = (flash_attn_func, flash_attn_varlen_func), None
-        monkeypatch.setattr(attention, "lazy_import_flash_attention", lambda implementation: kernels)
+        monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", lambda name: kernels)
         if backend == "flash_attention_2":
             model.to(torch.bfloat16)
         model.config._attn_implementation = backend
