@@ -5,6 +5,7 @@ The reference is each document run alone. Weights are large, so that a token tha
 
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,16 @@ import torch
 from conftest import ModelFactory
 from test_flash import flash_attn_func, flash_attn_varlen_func
 from torch import Tensor
-from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
+from transformers import (
+    DataCollatorWithFlattening,
+    DynamicCache,
+    StaticCache,
+    Trainer,
+    TrainingArguments,
+    modeling_flash_attention_utils,
+)
 
 from hf_alibi import AlibiGPTForCausalLM
-from hf_alibi.model import attention
 from hf_alibi.model.documents import NOTE
 from hf_alibi.positions.sinusoidal import SinusoidalGPTConfig, SinusoidalGPTForCausalLM
 
@@ -40,7 +47,7 @@ def model_of(make_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> Calla
     def make(backend: str) -> AlibiGPTForCausalLM:
         model = make_model(num_attention_heads=4, hidden_size=64)
         kernels = (flash_attn_func, flash_attn_varlen_func), None
-        monkeypatch.setattr(attention, "lazy_import_flash_attention", lambda implementation: kernels)
+        monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", lambda name: kernels)
         if backend == "flash_attention_2":
             model.to(torch.bfloat16)
         model.config._attn_implementation = backend
@@ -381,6 +388,38 @@ def test_what_transformers_flattens(make_model: ModelFactory, settings: dict[str
     assert_close(model(**batch).logits, alone(model, input_ids, SIZES))
 
 
+def test_trainer_gets_the_same_loss_from_every_way(make_model: ModelFactory, tmp_path: Path) -> None:
+    rows = [{"input_ids": tokens(1, 5 + i)[0].tolist()} for i in range(8)]
+    arguments = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        max_steps=2,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    losses = []
+    for settings in (
+        {},
+        {"return_seq_idx": True, "return_position_ids": False},
+        {"return_flash_attn_kwargs": True, "return_position_ids": False},
+    ):
+        collator = DataCollatorWithFlattening(**settings)
+        trainer = Trainer(make_model(), arguments, collator, train_dataset=rows, eval_dataset=rows)
+        losses.append([trainer.train().training_loss, trainer.evaluate()["eval_loss"]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-5)
+    fresh = Trainer(make_model(), arguments, DataCollatorWithFlattening(return_seq_idx=True), eval_dataset=rows[:4])
+    total = sum(
+        fresh.model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        for ids in (torch.tensor([row["input_ids"]]) for row in rows[:4])
+    )
+    alone = total / sum(len(row["input_ids"]) - 1 for row in rows[:4])
+    assert fresh.evaluate()["eval_loss"] == pytest.approx(alone, rel=1e-5)
+
+
 @each_way
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}, {"use_cache": False}])
 def test_generation_goes_on_in_the_last_document(make_model: ModelFactory, way: Callable, settings: dict) -> None:
@@ -494,8 +533,8 @@ def test_candidates_after_padding_give_the_tokens_of_greedy(
     model.config._attn_implementation = backend
     if "assistant_model" in settings:
         settings = {"assistant_model": model}
-    for implementation in (None, "dynamic"):
-        found = model.generate(input_ids, cache_implementation=implementation, **options, **settings)
+    for given in ({}, {"past_key_values": DynamicCache(config=model.config)}):
+        found = model.generate(input_ids, **given, **options, **settings)
         assert torch.equal(found, expected)
 
 
