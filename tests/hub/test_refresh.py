@@ -210,7 +210,7 @@ def test_a_repository_gets_one_commit_or_a_pull_request(hub: HubServer, capsys: 
     assert code == new_code() | {"handler.py": before["handler.py"]}
     for name in before.keys() - code.keys() - {"config.json", "names_of_caches.py"}:
         assert refreshed[name] == before[name]
-    assert not hub.unknown
+    assert set(hub.unknown) <= {"GET /api/agent-harnesses"}  # asked once a day, not for us to answer
 
 
 @pytest.mark.parametrize(
