@@ -23,7 +23,7 @@ from ..evaluation.perplexity import encode_stream, mean_by_doubling, perplexity_
 from ..evaluation.plots import Curve, plot_extrapolation
 from ..hub.checkpoints import LoadingArguments, available_device, load_causal_lm, load_config
 from ..tables import aligned
-from ..training.data import load_file_corpus, load_hub_corpus, standard_library_corpus
+from ..training.data import load_file_corpus, load_hub_corpus, reading_errors, standard_library_corpus
 from .options import OptionParser, check_output, in_range, parse
 
 
@@ -59,6 +59,7 @@ class EvaluationArguments:
     streaming: bool = field(default=False, metadata={"help": "Read the dataset or file as far as it is needed."})
 
 
+@reading_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate as the command line `argv` (default: the process's own) says."""
     parser = OptionParser([EvaluationArguments, LoadingArguments], description=__doc__.partition("\n")[0])

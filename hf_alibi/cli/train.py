@@ -14,6 +14,7 @@ perplexity), all_results.json and trainer_state.json.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from textwrap import shorten
 from typing import Any
 
@@ -24,13 +25,22 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainingArguments,
     set_seed,
 )
 
 from ..errors import UserError
 from ..hub.checkpoints import LOADING_ERRORS, check_vocabulary, load_causal_lm, load_tokenizer, parse_overrides
-from ..training.data import Corpus, load_file_corpus, load_hub_corpus, pack, standard_library_corpus, train_tokenizer
+from ..training.data import (
+    Corpus,
+    load_file_corpus,
+    load_hub_corpus,
+    pack,
+    reading_errors,
+    standard_library_corpus,
+    train_tokenizer,
+)
 from ..training.resume import find_checkpoint
 from ..training.run_record import refuse_changes, run_arguments
 from ..training.trainer import train
@@ -123,6 +133,7 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Blocks to evaluate on at most."})
 
 
+@reading_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line `argv` (default: the process's own) says."""
     parser = OptionParser(
@@ -144,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             model, tokenizer = load_model(model_args, start)
         else:
             model, tokenizer = new_model(model_args, corpus["train"]["text"], data_args.block_size)
-        try_out(model, training_args.device)
+        try_out(model, training_args)
         blocks = pack(corpus, tokenizer, data_args.block_size, data_args.isolate_documents)
     for split, limit in [("train", data_args.max_train_samples), ("validation", data_args.max_eval_samples)]:
         if limit is not None and split in blocks:
@@ -182,17 +193,41 @@ def check(model_args: ModelArguments, data_args: DataArguments, training_args: T
     in_range(training_args, 0, "seed", "data_seed", highest=2**32 - 1)
     if not training_args.eval_do_concat_batches or training_args.batch_eval_metrics:
         raise UserError("the perplexity needs --eval_do_concat_batches True and --batch_eval_metrics False")
+    if training_args.label_names not in (None, ["labels"]):
+        raise UserError(f"--label_names: the labels are called labels here, not {training_args.label_names}")
+    if training_args.dataloader_persistent_workers and not training_args.dataloader_num_workers:
+        raise UserError("--dataloader_persistent_workers needs --dataloader_num_workers")
+    if training_args.use_liger_kernel and find_spec("liger_kernel") is None:
+        raise UserError("--use_liger_kernel needs the package: pip install liger-kernel")
+    if isinstance(training_args.lr_scheduler_kwargs, str):
+        raise UserError(f"--lr_scheduler_kwargs must be a JSON object, got {training_args.lr_scheduler_kwargs!r}")
+    if training_args.torch_compile:
+        try:
+            torch.compile(
+                torch.nn.Identity(),
+                backend=str(training_args.torch_compile_backend),
+                mode=training_args.torch_compile_mode,
+            )
+        except RuntimeError as error:
+            raise UserError(f"--torch_compile: {shorten(str(error), 300)}") from error
 
 
-def try_out(model: PreTrainedModel, device: torch.device) -> None:
-    """See that the model has finite gradients on the CPU, where it is to be trained there; other devices come later.
+def try_out(model: PreTrainedModel, training_args: TrainingArguments) -> None:
+    """See that there is an optimizer, and on the CPU that the model has finite gradients; other devices come later.
 
     Weights and random numbers are afterwards what they were.
 
     Raises:
-        UserError: The attention has no backward pass there, or the weights are not usable.
+        UserError: The optimizer needs another package or has bad arguments, the attention has no backward pass, or
+            the weights are not usable.
     """
-    if device.type != "cpu":
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(training_args, model)
+    except (ValueError, ImportError, AttributeError) as error:
+        raise UserError(
+            f"--optim {getattr(training_args.optim, 'value', training_args.optim)}: {shorten(str(error), 300)}"
+        ) from error
+    if training_args.device.type != "cpu":
         return
     input_ids = torch.arange(3)[None] % model.config.vocab_size
     with torch.random.fork_rng(devices=[]):

@@ -11,7 +11,7 @@ make the FastAPI application; `hf_alibi/cli/serve.py` puts the one below in its 
 - stops generating when the client has gone, whether its answer is streamed or not;
 - ends streams with ``data: [DONE]``, as OpenAI does.
 
-Requests wait in line for `generate`, or with ``--continuous-batching`` run together.
+Requests wait in line for `generate`, or with ``--continuous_batching`` run together.
 """
 
 import asyncio
@@ -219,7 +219,7 @@ class BoundedManager(BaseGenerateManager):
         asked = [name for name in SAMPLING if (getattr(gen_config, name) or None) != (getattr(own, name) or None)]
         if asked:
             raise HTTPException(
-                400, f"with --continuous-batching all requests are sampled alike: leave out {', '.join(asked)}"
+                400, f"with --continuous_batching all requests are sampled alike: leave out {', '.join(asked)}"
             )
         self.manager.init_cb(model, gen_config)
 
@@ -250,7 +250,7 @@ class BoundedManager(BaseGenerateManager):
             raise HTTPException(
                 400,
                 f"{prompt} tokens of prompt and {new} new ones (max_tokens) are more than the {self.max_total_tokens} "
-                "that this server takes in all (--max-total-tokens; in continuous batching also --cb-num-blocks)",
+                "that this server takes in all (--max_total_tokens; in continuous batching also --cb_num_blocks)",
             )
         own = model.generation_config
         given = [getattr(gen_config, name) not in (None, getattr(own, name)) for name in ("temperature", "top_p")]
@@ -288,7 +288,7 @@ class BodyLimit:
             if b"transfer-encoding" in headers:
                 answer = _error(411, "send the length of the body (Content-Length) instead of chunks")
             elif int(headers.get(b"content-length", 0)) > self.max_bytes:
-                answer = _error(413, f"the body has more than {self.max_bytes} bytes (raise --max-total-tokens)")
+                answer = _error(413, f"the body has more than {self.max_bytes} bytes (raise --max_total_tokens)")
         await answer(scope, receive, send)
 
 

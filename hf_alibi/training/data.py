@@ -16,6 +16,7 @@ import glob
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, TypeAlias, TypeVar
@@ -98,7 +99,7 @@ def standard_library_corpus() -> DatasetDict:
             split = "validation" if _is_held_out(path, percentage=10) else "train"
             splits[split].append(text)
     corpus = DatasetDict({name: Dataset.from_dict({"text": texts}) for name, texts in splits.items()})
-    return _without_empty_documents(corpus, str(library))
+    return _with_documents(corpus.filter(_is_document, input_columns="text"))
 
 
 def load_hub_corpus(
@@ -142,15 +143,20 @@ def load_file_corpus(
     readers = sorted({_reader(path) for paths in data_files.values() for path in paths})
     if len(readers) > 1:
         raise UserError(f"the files of one corpus must be of one kind, not {' and '.join(readers)}")
-    source = {"path": readers[0], "data_files": data_files, "streaming": streaming}
+    escaped = {split: [glob.escape(path) for path in paths] for split, paths in data_files.items()}
+    source = {"path": readers[0], "data_files": escaped, "streaming": streaming}  # which it takes for patterns
     if readers[0] == "text":
         source["sample_by"] = "document"
     return _as_corpus(" and ".join(patterns.values()), source, text_column, validation_percentage)
 
 
 def _matching_files(pattern: str) -> list[str]:
-    """The files that a path or glob pattern names, in sorted order and without those of no bytes."""
-    paths = sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
+    """The files that a path or glob pattern names, in sorted order and without those of no bytes.
+
+    A path to a file is that file, whatever a pattern would make of the brackets, stars and question marks in its name.
+    """
+    found = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
+    paths = sorted(path for path in found if Path(path).is_file())
     if not paths:
         raise UserError(f"no such file: {pattern}")
     filled = [path for path in paths if Path(path).stat().st_size > 0]
@@ -184,16 +190,38 @@ def _as_corpus(name: str, source: dict[str, Any], text_column: str, validation_p
     corpus = type(splits)({split: splits[split].select_columns([text_column]) for split in first_rows})
     if text_column != "text":
         corpus = corpus.rename_column(text_column, "text")
-    if "validation" not in corpus and validation_percentage:
-        corpus = _hold_out(corpus, validation_percentage)
-    return _without_empty_documents(corpus, name)
+    try:
+        corpus = corpus.filter(_is_document, input_columns="text")
+        if "validation" not in corpus and validation_percentage:
+            corpus = _hold_out(corpus, validation_percentage)
+        return _with_documents(corpus)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    except (OSError, ValueError, DatasetsError) as error:
+        raise UserError(f"cannot read {name}: {shorten(str(error.__cause__ or error), 200)}") from error
+
+
+@contextmanager
+def reading_errors() -> Iterator[None]:
+    """Turn what is wrong with streamed data, and shows only when it is reached, into a `UserError`."""
+    try:
+        yield
+    except (UnicodeDecodeError, DatasetsError) as error:
+        raise UserError(f"cannot read the data further: {shorten(str(error.__cause__ or error), 200)}") from error
+
+
+def _is_document(text: Any) -> bool:
+    """Whether there is text in a row. Raises `UserError` if it holds something else."""
+    if not isinstance(text, str | None):
+        raise UserError(f"the column of the text holds {type(text).__name__} further on: {shorten(str(text), 60)}")
+    return bool(text)
 
 
 def _hold_out(corpus: Corpus, percentage: int) -> Corpus:
     """Move about `percentage` of the documents of ``train`` to a new split ``validation``."""
     documents = corpus["train"]
-    corpus["train"] = documents.filter(lambda text: not _is_held_out(text or "", percentage), input_columns="text")
-    corpus["validation"] = documents.filter(lambda text: _is_held_out(text or "", percentage), input_columns="text")
+    corpus["train"] = documents.filter(lambda text: not _is_held_out(text, percentage), input_columns="text")
+    corpus["validation"] = documents.filter(lambda text: _is_held_out(text, percentage), input_columns="text")
     return corpus
 
 
@@ -202,12 +230,12 @@ def _is_held_out(key: str, percentage: int) -> bool:
     return zlib.crc32(key.encode("utf-8")) % 100 < percentage
 
 
-def _without_empty_documents(corpus: Corpus, name: str) -> Corpus:
-    corpus = corpus.filter(bool, input_columns="text")
+def _with_documents(corpus: Corpus) -> Corpus:
+    """Return `corpus`; raise `UserError` if a split of it has no document."""
     for split, documents in corpus.items():
         if next(iter(documents), None) is None:
             raise UserError(
-                f"{name}: the {split} split has no document with text in it"
+                f"the {split} split has no document with text in it"
                 + ("; give a validation file, or hold out more documents, or 0%" if split == "validation" else "")
             )
     return corpus

@@ -98,7 +98,7 @@ def train(
         )
     except UserError:
         raise
-    except ValueError as error:  # arguments that exclude each other, or name what is not there
+    except (ValueError, ImportError) as error:  # arguments that exclude each other, or name what is not there
         raise UserError(str(error)) from error
     if isinstance(train_blocks, EndlessStream):
         train_blocks.blocks_per_step = trainer.get_total_train_batch_size(args)

@@ -7,6 +7,7 @@ import datasets
 import pytest
 import torch
 from conftest import ModelFactory
+from transformers import TrainingArguments
 
 from hf_alibi.cli.train import main, try_out
 from hf_alibi.errors import UserError
@@ -36,6 +37,14 @@ BAD_OPTIONS = {
     "padding": (["--config_overrides", f"{SIZE},pad_token_id=300"], "300 tokens, but no pad_token_id 300"),
     "end of text": (["--config_overrides", f"{SIZE},eos_token_id=-1"], "300 tokens, but no eos_token_id -1"),
     "no backward pass": (["--attn_implementation", "flex_attention"], "cannot be trained on the CPU: flex_attention"),
+    "another package": (["--optim", "adamw_bnb_8bit"], "--optim adamw_bnb_8bit: .*bitsandbytes"),
+    "arguments of the optimizer": (["--optim_args", "xx"], "--optim .*not enough values"),
+    "arguments of the schedule": (["--lr_scheduler_kwargs", "xx"], "--lr_scheduler_kwargs must be a JSON object"),
+    "compiling": (["--torch_compile_mode", "xx"], "--torch_compile: Unrecognized mode=xx"),
+    "labels": (["--label_names", "targets"], "the labels are called labels here"),
+    "workers": (["--dataloader_persistent_workers", "True"], "needs --dataloader_num_workers"),
+    "another package for kernels": (["--use_liger_kernel", "True"], "liger-kernel"),
+    "text of another type": (["--train_file", "{numbers}"], "numbers.jsonl: the column .* int further on: 5"),
     "unknown": (["--learning_rat", "1"], "--learning_rat.*"),
     "not this one": (["--bf16", "perhaps"], "argument --bf16: Truthy value expected"),
 }
@@ -52,25 +61,40 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize(("arguments", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())
 def test_bad_options_are_refused(rows: str, tmp_path: Path, arguments: list[str], message: str) -> None:
     output = tmp_path / "run"
+    numbers = tmp_path / "numbers.jsonl"
+    numbers.write_text('{"text": "one"}\n{"text": 5}\n')
+    arguments = [argument.format(numbers=numbers) for argument in arguments]
     with pytest.raises(UserError, match=message):
         main(["--output_dir", str(output), "--train_file", rows, *TINY, *arguments])
-    assert not output.exists()
+    assert not output.exists() or not any(output.iterdir())
 
 
-def test_trying_out_changes_nothing(make_model: ModelFactory) -> None:
+def test_streamed_text_that_is_broken_further_on_ends_in_a_line(rows: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_bytes(b'{"text": "one"}\n{"text": "caf\xe9"}\n')
+    options = ["--output_dir", str(tmp_path / "run"), *TINY, "--streaming", "--validation_split_percentage", "0"]
+    with pytest.raises(UserError, match="cannot read"):
+        main([*options, "--train_file", str(tmp_path / "broken.jsonl")])
+
+
+@pytest.fixture
+def training_args(tmp_path: Path) -> TrainingArguments:
+    return TrainingArguments(str(tmp_path), use_cpu=True)
+
+
+def test_trying_out_changes_nothing(make_model: ModelFactory, training_args: TrainingArguments) -> None:
     model = make_model(hidden_dropout=0.5).train()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    try_out(model, torch.device("cpu"))
+    try_out(model, training_args)
     assert torch.equal(torch.rand(3), expected)
     assert all(weight.grad is None for weight in model.parameters())
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
-def test_broken_weights_show_before_training(make_model: ModelFactory) -> None:
+def test_broken_weights_show_before_training(make_model: ModelFactory, training_args: TrainingArguments) -> None:
     model = make_model()
     model.model.norm.weight.data.fill_(torch.inf)
     with pytest.raises(UserError, match="the loss before training is nan"):
-        try_out(model, torch.device("cpu"))
+        try_out(model, training_args)

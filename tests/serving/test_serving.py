@@ -399,7 +399,7 @@ def test_continuous_batching_and_no_chat_template(tmp_path: Path) -> None:
     tokenizer.save_pretrained(folder)
     model = AlibiGPTForCausalLM.from_pretrained(folder)
     prompts = [f"{PROMPT}{n}" for n in range(32)]
-    with Server(folder, "--continuous-batching", "--cb-num-blocks", "40") as server:
+    with Server(folder, "--continuous_batching", "--cb_num_blocks", "40") as server:
         with ThreadPoolExecutor(32) as threads:
             texts = list(threads.map(lambda prompt: server.complete(prompt, 8), prompts))
         assert texts == [generated(model, prompt, 8) for prompt in prompts]

@@ -1,7 +1,9 @@
 """Corpora, tokenizer and packing. The packing tests compare blocks with the documents tokenised one by one."""
 
+import glob
 import json
 import random
+import shutil
 from collections.abc import Mapping, Sequence
 from itertools import chain, repeat
 from pathlib import Path
@@ -313,6 +315,8 @@ BAD_FILES = {
     "no text": ("null.jsonl", b'{"text": null}\n{"text": ""}\n', "no document with text"),
     "other column": ("column.jsonl", b'{"content": "a"}\n', "no column 'text', only content"),
     "numbers": ("numbers.jsonl", b'{"text": 1}\n', "holds int, not text"),
+    "numbers further on": ("mixed.jsonl", b'{"text": "a"}\n{"text": 5}\n', "holds int further on: 5"),
+    "lists further on": ("lists.jsonl", b'{"text": "a"}\n{"text": ["b"]}\n', "holds list further on"),
     "not JSON": ("broken.jsonl", b'{"text": "a"}\n{broken\n', "cannot read .*broken.jsonl"),
     "not UTF-8": ("latin.txt", b"caf\xe9", "cannot read .*latin.txt"),
     "not Parquet": ("broken.parquet", b"PAR1", "cannot read .*broken.parquet"),
@@ -324,8 +328,21 @@ BAD_FILES = {
 @pytest.mark.parametrize(("name", "content", "message"), BAD_FILES.values(), ids=BAD_FILES.keys())
 def test_bad_file(tmp_path: Path, name: str, content: bytes, message: str, streaming: bool) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        load_file_corpus(str(tmp_path / name), streaming=streaming, validation_percentage=0)
+    with pytest.raises(UserError, match=message):  # where it is streamed, once the row is reached
+        list(load_file_corpus(str(tmp_path / name), streaming=streaming, validation_percentage=0)["train"])
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map-style", "streaming"])
+@pytest.mark.parametrize("name", ["book [2020].txt", "what?.txt", "a*b.txt", "[x].txt", "**.txt", "a{b,c}.txt"])
+def test_a_file_is_no_pattern(tmp_path: Path, name: str, streaming: bool) -> None:
+    for other in ("book 2.txt", "whatX.txt", "aXb.txt", "x.txt", "ab.txt"):
+        (tmp_path / other).write_text("another file")
+    (tmp_path / name).write_text("this file")
+    corpus = load_file_corpus(str(tmp_path / name), streaming=streaming, validation_percentage=0)
+    assert [row["text"] for row in corpus["train"]] == ["this file"]
+    shutil.copyfile(tmp_path / name, tmp_path / f"copy of {name}")
+    pattern = load_file_corpus(f"{glob.escape(str(tmp_path))}/copy of *.txt", validation_percentage=0)
+    assert pattern["train"]["text"][:] == ["this file"]
 
 
 def test_missing_file_and_mixed_files(tmp_path: Path) -> None:
