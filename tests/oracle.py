@@ -128,7 +128,8 @@ def _self_attention(
         scores = scores + text.added.to(scores.dtype)
     visible = torch.ones(1, length, length, dtype=torch.bool).tril() if text.visible is None else text.visible
     if tolerance:
-        bound = _score_bound(query, key, weights, name, config)
+        longest = query.detach().norm(dim=-1).amax(0) * key.detach().norm(dim=-1).amax(0)
+        bound = longest * config.head_dim**-0.5  # the most that a score can be, [heads]
         divided = slopes.detach()[:, None] / text.slope_divisors  # [heads, queries]
         window = torch.ceil((2 * bound[:, None] - math.log(tolerance)) / divided)
         visible = visible & (distance <= window[:, :, None])
@@ -145,15 +146,6 @@ def _slopes(weights: Mapping[str, Tensor], config: Any) -> Tensor:
         slopes = torch.tensor(paper_slopes(config.num_attention_heads, config.alibi_max_bias), dtype=torch.float64)
     scaling = config.alibi_scaling or {}
     return slopes / scaling.get("factor", 1)
-
-
-def _score_bound(query: Tensor, key: Tensor, weights: Mapping[str, Tensor], name: str, config: Any) -> Tensor:
-    """The most that |q k| / sqrt(d) can be, of every head, from the gains of QK-norm or from the norms at hand."""
-    if config.qk_norm:
-        gains = weights[f"{name}.q_norm.weight"] * weights[f"{name}.k_norm.weight"]
-        return (gains.detach().double().abs().max() * math.sqrt(config.head_dim)).expand(config.num_attention_heads)
-    longest = query.detach().norm(dim=-1).amax(0) * key.detach().norm(dim=-1).amax(0)
-    return longest * config.head_dim**-0.5
 
 
 def _linear(x: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
