@@ -4,6 +4,7 @@ from typing import Any
 
 import oracle
 import torch
+import torch.nn.functional as F
 from fuzz_cases import FOUR_DIMENSIONS, Case
 from torch import Tensor
 
@@ -63,7 +64,7 @@ class Batch:
         self.tokens = torch.cat([self.tokens, tokens], 1)
         divisor = torch.ones(tokens.shape[1], dtype=torch.float64)
         if self.case.config["alibi_scaling"] == {"type": "dynamic"}:
-            divisor *= max(1.0, self._longest() / self.case.config["max_position_embeddings"])
+            divisor *= max(1.0, self._longest() / self.case.config["training_length"])
         self.divisors = torch.cat([self.divisors, divisor])
 
     def _longest(self) -> int:
@@ -82,10 +83,8 @@ class Batch:
         documents, positions = self.documents[self.source, :end], self.positions[self.source, start:end]
         mask = (documents > 0).long()
         is_real = mask[:, start:] > 0
-        bounds = torch.tensor([0, *(i for i in range(1, end) if documents[0, i] != documents[0, i - 1]), end]).int()
-        longest = int(bounds.diff().max())
-        lengths = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
         continued = torch.where(is_real, positions, torch.arange(start, end))
+        sequences = (documents - 1).clamp(min=0).int()
         ways: dict[str, dict[str, Any]] = {
             "nothing": {},
             "mask": {"attention_mask": mask},
@@ -95,19 +94,36 @@ class Batch:
             "positions from 1": {"position_ids": positions + 1},
             "positions from 2": {"position_ids": positions + 2},
             "positions and mask": {"position_ids": positions * is_real, "attention_mask": mask},
+            "positions from 1 and mask": {"position_ids": positions * is_real + 1, "attention_mask": mask},
             "continued positions and mask": {"position_ids": continued, "attention_mask": mask},
             "document numbers": {"attention_mask": documents},
-            "sequence numbers": {"seq_idx": (documents - 1).int()},
-            "cumulative lengths": lengths,
-            "cumulative lengths and positions": lengths | {"position_ids": positions},
+            "sequence numbers": {"seq_idx": sequences},
+            "sequence numbers and mask": {"seq_idx": sequences, "attention_mask": mask},
+            "cumulative lengths": self._cumulative_lengths(start, end),
+            "cumulative lengths and positions": self._cumulative_lengths(start, end) | {"position_ids": positions},
         }
         return ways[encoding]
+
+    def _cumulative_lengths(self, start: int, end: int) -> dict[str, Any]:
+        """The arguments of FlashAttention, for documents that follow one another, row after row."""
+        sizes = []
+        for documents in self.documents[self.source, :end]:
+            numbers = documents.unique_consecutive()
+            sizes += [[int((part == number).sum()) for part in (documents[start:], documents)] for number in numbers]
+        bounds = F.pad(torch.tensor(sizes).cumsum(0), (0, 0, 1, 0)).int()
+        queries, keys = torch.tensor(sizes).amax(0).tolist()
+        return {
+            "cu_seq_lens_q": bounds[:, 0],
+            "cu_seq_lens_k": bounds[:, 1],
+            "max_length_q": queries,
+            "max_length_k": keys,
+        }
 
     def _four_dimensions(self, start: int, end: int, num_keys: int) -> dict[str, Any]:
         encoding = self.case.encoding
         room = (0, max(0, num_keys - end))
-        visible = torch.nn.functional.pad(self.visible[self.source, :, start:end, :end], room)
-        added = torch.nn.functional.pad(self.added[self.source, :, start:end, :end], room)
+        visible = F.pad(self.visible[self.source, :, start:end, :end], room)
+        added = F.pad(self.added[self.source, :, start:end, :end], room)
         if encoding in ("4D boolean", "4D by head", "4D future"):
             return {"attention_mask": visible}
         if encoding == "4D with positions":

@@ -15,14 +15,26 @@ Step = tuple[Any, ...]
 HEADS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 20]
 LONG = (1025, 1300)  # tokens: windows set in above 1,024
 SHAPES = ["whole", "left", "right", "both sides", "holes", "packed", "packed and padded"]
-# Every way to describe a batch: one document a row; any documents; documents without padding; the same in one row.
-MASKS = ["mask", "boolean mask", "float mask"]
-DOCUMENTS = ["positions and mask", "continued positions and mask", "document numbers"]
-WITHOUT_PADDING = ["positions", "positions from 1", "positions from 2", "sequence numbers"]
-ONE_ROW = ["cumulative lengths", "cumulative lengths and positions"]
+# Every way to describe a batch: one document a row; any documents; documents without padding.
+ONE_DOCUMENT = ["mask", "boolean mask", "float mask"]
+DOCUMENTS = [
+    "positions and mask",
+    "positions from 1 and mask",
+    "continued positions and mask",
+    "document numbers",
+    "sequence numbers and mask",
+]
+WITHOUT_PADDING = [
+    "positions",
+    "positions from 1",
+    "positions from 2",
+    "sequence numbers",
+    "cumulative lengths",
+    "cumulative lengths and positions",
+]
 CAUSAL_MASKS = ["4D boolean", "4D lowest", "4D infinite", "4D by head", "4D numbers"]
-FOUR_DIMENSIONS = [*CAUSAL_MASKS, "4D with positions", "4D future"]
-ALL_AT_ONCE = ["positions from 1", "positions from 2", "sequence numbers", *ONE_ROW, "4D with positions", "4D future"]
+ALL_AT_ONCE = ["4D with positions", "4D future"]  # not with a cache
+FOUR_DIMENSIONS = CAUSAL_MASKS + ALL_AT_ONCE
 
 
 @dataclass(frozen=True)
@@ -69,14 +81,8 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn, backends: tuple[str, ...] = ("eager", "sdpa"), without: tuple[str, ...] = ()) -> Case:
-    """Draws a case.
-
-    Args:
-        draw: From `hypothesis`.
-        backends: Attention implementations to choose from.
-        without: Descriptions of the batch to leave out.
-    """
+def cases(draw: st.DrawFn, backends: tuple[str, ...] = ("eager", "sdpa")) -> Case:
+    """Draws a case with one of these attention implementations."""
     backend = draw(st.sampled_from(backends))
     cache = draw(st.sampled_from([None, None, "dynamic", "static", *(["windowed"] * 2 if backend == "sdpa" else [])]))
     is_long = draw(st.integers(0, 9)) == 9
@@ -90,7 +96,7 @@ def cases(draw: st.DrawFn, backends: tuple[str, ...] = ("eager", "sdpa"), withou
     length = draw(st.integers(*LONG) if is_long else st.integers(1, 60) | st.integers(1, 200))
     batch = draw(st.integers(1, 2 if is_long else 3))
     rows = [draw(_rows(shape, length)) for _ in range(batch)]
-    encoding = draw(st.sampled_from(_encodings(rows, cache, without=without)))
+    encoding = draw(st.sampled_from(_encodings(rows, cache)))
     steps = [("read", length)] if cache is None else draw(_steps(length, batch, cache, is_long))
     dtypes = ["float32", "float32", "bfloat16", "float16", "autocast"]
     if backend != "flex_attention":
@@ -121,7 +127,7 @@ def _configs(draw: st.DrawFn, is_long: bool, needs_windows: bool) -> dict[str, A
         "num_hidden_layers": draw(st.integers(1, 1 if is_long else 3)),
         "hidden_act": draw(st.sampled_from(["relu2", "gelu", "silu"])),
         "norm_type": draw(st.sampled_from(["rmsnorm", "layernorm"])),
-        "max_position_embeddings": draw(st.sampled_from([1, 16, 40, 512])),
+        "training_length": draw(st.sampled_from([1, 16, 40, 512])),
     }
     for name in ("attention_bias", "mlp_bias", "embedding_norm", "tie_word_embeddings", "alibi_slopes_trainable"):
         config[name] = draw(st.booleans())
@@ -173,7 +179,7 @@ def _partitions(draw: st.DrawFn, total: int, most: int) -> list[int]:
     return [end - start for start, end in pairwise([0, *sorted(cuts), total])]
 
 
-def _encodings(rows: list[list[Run]], cache: str | None, without: tuple[str, ...]) -> list[str]:
+def _encodings(rows: list[list[Run]], cache: str | None) -> list[str]:
     """Returns every way to describe these rows."""
     documents = [[document for document, _ in row if document] for row in rows]
     is_packed = any(len(set(row)) > 1 for row in documents)
@@ -181,17 +187,14 @@ def _encodings(rows: list[list[Run]], cache: str | None, without: tuple[str, ...
     has_holes = any(document == 0 for row in rows for document, _ in row[1:-1])
     found = list(DOCUMENTS)
     if not is_packed:
-        found += MASKS
+        found += ONE_DOCUMENT
     if not is_padded:
         found += WITHOUT_PADDING
-        if len(rows) == 1:
-            found += ONE_ROW
-        if not is_packed:
-            found.append("nothing")
+    if not is_packed and not is_padded:
+        found.append("nothing")
     if not has_holes:  # in a mask of queries times keys, a hole has a length
-        found += FOUR_DIMENSIONS
-    not_now = [*without, *(ALL_AT_ONCE if cache else [])]
-    return [encoding for encoding in found if encoding not in not_now]
+        found += CAUSAL_MASKS if cache else FOUR_DIMENSIONS
+    return found
 
 
 @st.composite
