@@ -159,12 +159,15 @@ class HeldKeys(NamedTuple):
                 "Padding between tokens, or a mask with four dimensions, needs keys that the windowed cache has let "
                 "go; generate with cache_implementation='dynamic', or pass a DynamicCache."
             )
+        mask = layout.mask
+        if mask is not None:
+            mask = (mask if mask.shape[1] == 1 else mask[:, self.ring.heads])[..., positions]
         return layout._replace(
             slopes=layout.slopes[self.ring.heads],
             keys=layout.keys[:, positions],
             first=first,
             key_mask=None if layout.key_mask is None else layout.key_mask[:, positions],
-            mask=None if layout.mask is None else layout.mask[..., positions],
+            mask=mask,
         )
 
 

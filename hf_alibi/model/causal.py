@@ -28,6 +28,7 @@ from .private_torch import CPU_FLASH, CPU_FLASH_BACKWARD, TRANSFORMS_ARE_ACTIVE,
 from .runs import Runs
 from .tiles import FULL_SPEED, Tile, in_pieces, joined, key_tiles, query_tiles
 
+SLOPE_GRAIN = 64  # keys to which the gradient of slopes takes distances together: fewer are more exact, and cost more
 NAMESPACE = re.sub(r"\W", "_", __name__)  # the copy of this file that comes with a model has operators of its own
 
 
@@ -55,13 +56,13 @@ def causal_attention(
         `[batch, heads, queries, head_dim]`.
     """
     if is_one_operator(dropout, query, key, value, slopes):
-        dtype, head_dim = query.dtype, query.shape[3]
-        if slopes.requires_grad or dtype == torch.float16:  # in which the kernels are slower, many times in backward
+        dtype = query.dtype
+        # float16 kernels are slower than float32 ones, several times so in the backward pass. The gradient of slopes
+        # is a sum in which much cancels, for which 16 bits are too few.
+        if slopes.requires_grad or dtype == torch.float16:
             query, key, value = (states.to(slopes.dtype) for states in (query, key, value))
-        if slopes.requires_grad:
-            query, key, value = _with_slope_column(query, key, value, slopes, scaling)
-        output, _ = attention_in_tiles(query, key, value, slopes.detach(), windows, scaling)
-        return output[..., :head_dim].to(dtype)
+        output, _ = attention_in_tiles(query, key, value, slopes, windows, scaling)
+        return output.to(dtype)
     outputs = []
     line = _line(query, key, slopes)
     for tile in query_tiles(query, key, None):  # of all heads at once
@@ -141,23 +142,6 @@ def kernel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: flo
     return output.to(dtype)
 
 
-def _with_slope_column(
-    query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Adds a column that changes no score and yet carries the gradient of trainable slopes.
-
-    The bias m (j - i) has the derivative j - i in m, and what is constant in a row, such as i, is without
-    effect on a softmax. A column of exact zeros in the queries, whose derivative in m is 1, against the
-    positions j in the keys gives that; the kernel's gradient for queries does the sum. All are of the dtype of the
-    slopes: 16 bits have no room for positions, nor for a sum in which they cancel.
-    """
-    zero = (slopes - slopes.detach())[None, :, None, None] / scaling
-    positions = torch.arange(1 - key.shape[2], 1, device=key.device, dtype=key.dtype)[:, None]
-    columns = zero.expand(*query.shape[:3], 1), positions.expand(*key.shape[:3], 1), value[..., :1] * 0
-    query, key, value = (torch.cat(pair, -1) for pair in zip((query, key, value), columns, strict=True))
-    return query, key, value
-
-
 def _line(query: Tensor, key: Tensor, slopes: Tensor) -> Tensor:
     """Returns the bias by offset, as far as any tile has it."""
     return causal_line(slopes, behind=key.shape[2] - 1, ahead=min(FULL_SPEED, query.shape[2]) - 1)
@@ -222,37 +206,84 @@ def attention_in_tiles_backward(
     output: Tensor,
     logsumexp: Tensor,
     scaling: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of query, key and value, given that of the output and what forward returned."""
+    of_slopes: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of query, key, value and slopes, given that of the output and what forward returned.
+
+    That of the slopes is 0 unless asked for with `of_slopes`.
+    """
     grad_output, query, key, value = (_with_dense_rows(states) for states in (grad_output, query, key, value))
     reverse = _line(query, key, slopes).flip(1)
     grad_query = torch.zeros_like(query, dtype=slopes.dtype)  # a sum over tiles; that of keys is a tile's own
-    grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
+    grad_key, grad_value, grad_slopes = torch.zeros_like(key), torch.zeros_like(value), torch.zeros_like(slopes)
+    head_dim = query.shape[3]
     for tile in map(in_pieces, joined(key_tiles(query, key, windows))):
         corner = reverse.shape[1] - query.shape[2] + tile.queries.start - tile.keys.stop + 1
-        dq, dk, dv = CPU_FLASH_BACKWARD(
+        tensors = (
             tile.of_queries(grad_output),
             tile.of_queries(query),
             tile.of_keys(key).flip(2),
             tile.of_keys(value).flip(2),
             tile.of_queries(output),
+        )
+        dq, dk, dv = CPU_FLASH_BACKWARD(
+            *(_with_slope_columns(*tensors) if of_slopes else tensors),
             tile.of_queries(logsumexp),
             0.0,
             False,
             attn_mask=tile.bias(reverse, corner).expand(len(query), -1, -1, -1),
             scale=scaling,
         )
-        tile.add_queries(grad_query, dq)
-        tile.put_keys(grad_key, dk.flip(2))
-        tile.put_keys(grad_value, dv.flip(2))
+        if of_slopes:
+            past = key.shape[2] - query.shape[2]
+            grad_slopes[tile.heads] += _slopes_of_tile(tile, past, dq[..., head_dim:] / scaling)
+        tile.add_queries(grad_query, dq[..., :head_dim])
+        tile.put_keys(grad_key, dk[..., :head_dim].flip(2))
+        tile.put_keys(grad_value, dv[..., :head_dim].flip(2))
         del dq, dk, dv  # before the next tile takes as much memory
-    return grad_query.to(query.dtype), grad_key, grad_value
+    return grad_query.to(query.dtype), grad_key, grad_value, grad_slopes
+
+
+def _with_slope_columns(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor
+) -> tuple[Tensor, ...]:
+    """Adds columns that change no score, and whose gradient in the queries gives that of the slopes.
+
+    The bias m (j - i) has the derivative j - i in m. The gradient of a query's element is a sum over keys: the
+    gradient of each score times that element of the key. The elements added here are 0 in the queries. In the keys,
+    the first is the distance to the first key of the same grain, and the others say which grain that is;
+    `_slopes_of_tile` makes j - i of them. Distances from further away would cancel in the sum, but their rounding
+    would not.
+    """
+    offsets = torch.arange(key.shape[2] - 1, -1, -1)
+    columns = torch.cat([offsets[:, None] % SLOPE_GRAIN, F.one_hot(offsets // SLOPE_GRAIN)], -1).to(key.dtype)
+    key = torch.cat([key, columns.expand(*key.shape[:2], -1, -1)], -1)
+    room = (0, columns.shape[1])
+    grad_output, query, value, output = (F.pad(states, room) for states in (grad_output, query, value, output))
+    return grad_output, query, key, value, output
+
+
+def _slopes_of_tile(tile: Tile, past: int, columns: Tensor) -> Tensor:
+    """Returns the gradient of the slopes of a tile's heads, `[heads]`.
+
+    Args:
+        tile: The tile.
+        past: Keys before the first query.
+        columns: `[batch, heads or blocks, num_queries, 1 + grains]`, the gradients of those of the queries.
+    """
+    blocks = torch.arange(tile.blocks)[:, None, None] * (tile.key_step - tile.query_step)
+    queries = torch.arange(tile.num_queries)[:, None] + tile.queries.start + past
+    grains = torch.arange(columns.shape[3] - 1) * SLOPE_GRAIN + tile.keys.start
+    sums = columns[..., 0] + ((grains - queries + blocks) * columns[..., 1:]).sum(-1)
+    return sums.sum((0, 1, 2))[None] if tile.is_of_one_head else sums.sum((0, 2))
 
 
 @attention_in_tiles_backward.register_fake
-def _(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     query, key, value = (torch.empty_like(_with_dense_rows(states)) for states in (query, key, value))
-    return query, key, value
+    return query, key, value, torch.empty_like(slopes)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -261,8 +292,9 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    grads = attention_in_tiles_backward(grad_output, *ctx.saved_tensors, ctx.scaling)
-    return *grads, None, None, None
+    of_slopes = ctx.needs_input_grad[3]
+    *grads, grad_slopes = attention_in_tiles_backward(grad_output, *ctx.saved_tensors, ctx.scaling, of_slopes)
+    return *grads, grad_slopes if of_slopes else None, None, None
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:

@@ -340,6 +340,26 @@ def test_a_mask_of_the_callers_needs_all_keys(make_model: ModelFactory) -> None:
         model(input_ids[:, 100:101], attention_mask=torch.ones(1, 1, 1, 101, dtype=torch.bool), past_key_values=past)
 
 
+@pytest.mark.parametrize("heads", [1, 4])
+def test_a_mask_of_the_callers_goes_with_the_heads_of_a_ring(
+    make_model: ModelFactory, monkeypatch: pytest.MonkeyPatch, heads: int
+) -> None:
+    """All heads share a ring that has lost nothing yet, in the order of their windows."""
+    monkeypatch.setattr(cache, "SPARE", 64)
+    monkeypatch.setattr(cache, "SHARED_SLOTS", 2048)
+    model = make_model(num_attention_heads=4, alibi_slopes=[0.25, 4.0, 0.3, 3.0])
+    input_ids = tokens(batch=1)
+    mask = torch.rand(1, heads, LENGTH, LENGTH, generator=torch.Generator().manual_seed(0)) < 0.7
+    mask = mask.tril() | torch.eye(LENGTH, dtype=torch.bool)
+    past = windowed(model)
+    with torch.no_grad():
+        expected = model(input_ids, attention_mask=mask, use_cache=False).logits[:, -5:]
+        model(input_ids[:, :-5], attention_mask=mask[:, :, :-5, :-5], past_key_values=past)
+        assert past.layers[0].keys is None
+        found = model(input_ids[:, -5:], attention_mask=mask[:, :, -5:], past_key_values=past).logits
+    assert_logits_close(found, expected)
+
+
 @pytest.mark.parametrize(
     "without",
     [{"qk_norm": False}, {"window_tolerance": 0.0}, {"alibi_scaling": {"type": "dynamic"}}],

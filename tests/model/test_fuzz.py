@@ -1,0 +1,279 @@
+"""Random models read random batches in random ways, and agree with a plain float64 model in everything.
+
+A tolerance is the error that the plain model itself makes in the case's dtype, with windows as narrow as the case's
+`window_tolerance` allows. To look at one case again, call `check` with the line that a failure prints.
+"""
+
+import math
+import shutil
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from fuzz_batches import VOCAB_SIZE, Batch
+from fuzz_cases import Case, cases
+from hypothesis import HealthCheck, Phase, given, settings
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM
+from hf_alibi.model import attention, cache, causal, tiles
+
+SMALL_TILES = {
+    tiles: {"NEAR_BLOCK": 8, "FULL_SPEED": 24, "FAR": 40, "KEY_BLOCK": 16, "FEW_KEYS": 20, "GRAIN": 4},
+    causal: {"FULL_SPEED": 24},
+    attention: {"FEW_KEYS": 20, "QUERY_BLOCK": 16},
+    cache: {"SPARE": 5, "SHARED_SLOTS": 12},
+}
+# Fused kernels round at other places than plain operations, and the largest error of a short text is a matter of luck.
+FACTOR = 8
+
+Weights = dict[str, Tensor]
+
+
+def dtype_of(case: Case) -> torch.dtype:
+    """The dtype of the model's weights."""
+    return torch.float32 if case.dtype == "autocast" else getattr(torch, case.dtype)
+
+
+@contextmanager
+def circumstances(case: Case) -> Iterator[None]:
+    """Sizes of tiles, and autocast."""
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=case.dtype == "autocast")
+    with pytest.MonkeyPatch.context() as patch, autocast:
+        for module, sizes in SMALL_TILES.items() if case.small_tiles else ():
+            for name, size in sizes.items():
+                patch.setattr(module, name, size)
+        yield
+
+
+def model_of(case: Case) -> tuple[AlibiGPTForCausalLM, Weights]:
+    """The model, and its weights in float64."""
+    config = AlibiGPTConfig(vocab_size=VOCAB_SIZE, attn_implementation=case.backend, **case.config)
+    model = AlibiGPTForCausalLM(config)
+    random = torch.Generator().manual_seed(case.seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=random)
+            if "bias_log_slopes" in name:
+                weight += 0.1 * noise
+            elif "norm.weight" in name or "layernorm.weight" in name:
+                weight.copy_((1 + 0.3 * noise) * (case.gain if "q_norm" in name else 1))
+            elif weight.dim() == 1:
+                weight.copy_(0.3 * noise)
+            else:  # so large that attention matters
+                weight.copy_(noise if "embed" in name else 1.5 * noise / weight.shape[1] ** 0.5)
+    slopes = {name: weight.detach().double() for name, weight in model.named_parameters() if "slopes" in name}
+    model = model.to(dtype_of(case)).eval()
+    weights = {name: weight.detach().double() for name, weight in model.named_parameters()}
+    return model, weights | slopes  # slopes are the same in every dtype
+
+
+class Reader(NamedTuple):
+    """A plain model whose distance to the exact one says how far off the model may be.
+
+    Attributes:
+        weights: In the dtype that it computes in.
+        tolerance: How narrow its windows are, see `oracle.language_model`.
+        scale: Factor of its errors.
+    """
+
+    weights: Weights
+    tolerance: float = 0
+    scale: float = 1
+
+
+def readers_of(case: Case, weights: Weights) -> list[Reader]:
+    """The exact model; one in the dtype of the case; and one with windows, if the case has any.
+
+    Plain operations in float64 would be as good as the exact ones: there, errors in float32 are scaled down.
+    """
+    dtype = torch.bfloat16 if case.dtype == "autocast" else dtype_of(case)
+    plain = torch.float32 if dtype == torch.float64 else dtype
+    scale = torch.finfo(dtype).eps / torch.finfo(plain).eps
+    readers = [Reader(cast(weights, torch.float64)), Reader(cast(weights, plain), scale=scale)]
+    few_keys = SMALL_TILES[tiles]["FEW_KEYS"] if case.small_tiles else tiles.FEW_KEYS
+    if case.backend != "eager" and (case.cache == "windowed" or case.length > few_keys):
+        readers.append(Reader(cast(weights, torch.float64), tolerance=case.config["window_tolerance"]))
+    return readers
+
+
+def cast(weights: Weights, dtype: torch.dtype) -> Weights:
+    slopes_dtype = torch.promote_types(dtype, torch.float32)  # slopes are never rounded to 16 bits
+    return {
+        name: weight.detach().to(slopes_dtype if "slopes" in name else dtype).requires_grad_()
+        for name, weight in weights.items()
+    }
+
+
+def compare(name: str, found: Tensor, readings: Sequence[Tensor], readers: list[Reader], least: float) -> None:
+    """Asserts that `found` is as near to the exact reading, the first, as the others are together.
+
+    Args:
+        name: What is compared.
+        found: The model's.
+        readings: Each reader's.
+        readers: Those.
+        least: An error that is always allowed.
+    """
+    exact, *others = readings
+    allowed = least + sum(
+        reader.scale * (reading.double() - exact).abs().max().item()
+        for reading, reader in zip(others, readers[1:], strict=True)
+    )
+    error = (found.double() - exact).abs().max().item()
+    assert error <= FACTOR * allowed, f"{name}: off by {error:.3g}, where plain operations are off by {allowed:.3g}"
+
+
+def check(case: Case) -> None:
+    """Runs a case, and raises if anything in it differs from the oracle."""
+    model, weights = model_of(case)
+    batch = Batch(case, dtype_of(case))
+    readers = readers_of(case, weights)
+
+    def compare_logits(found: Tensor) -> None:
+        """Compares the logits of the last slots."""
+        with torch.set_grad_enabled(case.gradients != "none"), torch.autocast("cpu", enabled=False):
+            readings = [batch.reference(reader.weights, model.config, reader.tolerance) for reader in readers]
+        real = batch.real()
+        real[:, : real.shape[1] - found.shape[1]] = False
+        if not real.any():
+            return
+        readings = [reading[real] for reading in readings]
+        found = found[real[:, -found.shape[1] :]]
+        compare("logits", found, readings, readers, torch.finfo(batch.dtype).eps * readings[0].abs().max().item())
+        if case.gradients != "none":
+            compare_gradients(dict(model.named_parameters()), found, readings, readers, batch.random)
+
+    with circumstances(case):
+        if case.cache is None:
+            compare_logits(read_at_once(case, model, batch))
+        else:
+            read_in_steps(case, model, batch, compare_logits)
+
+
+def read_at_once(case: Case, model: AlibiGPTForCausalLM, batch: Batch) -> Tensor:
+    tokens = batch.next_tokens(case.length)
+    batch.add(tokens)
+    if case.gradients == "checkpointing":
+        # It was called gradient_checkpointing_enable before Transformers 5.24.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        model.train()
+    with torch.set_grad_enabled(case.gradients != "none"):
+        return model(tokens, use_cache=False, **batch.arguments(0, case.length, case.length)).logits
+
+
+def cache_of(case: Case, model: AlibiGPTForCausalLM) -> Any:
+    if case.cache == "dynamic":
+        return DynamicCache(config=model.config)
+    if case.cache == "static":
+        return StaticCache(config=model.config, max_cache_len=case.length + case.seed % 3)
+    windowed = model.model.windowed_cache()
+    assert windowed is not None
+    return windowed
+
+
+@torch.no_grad()
+def read_in_steps(case: Case, model: AlibiGPTForCausalLM, batch: Batch, compare_logits: Any) -> None:
+    past, done, logits = cache_of(case, model), 0, []
+
+    def read(tokens: Tensor) -> Tensor:
+        end = done + tokens.shape[1]
+        num_keys = past.get_mask_sizes(tokens.shape[1], 0)[0]
+        return model(tokens, past_key_values=past, **batch.arguments(done, end, num_keys)).logits
+
+    for kind, what in case.steps:
+        if kind == "read":
+            tokens = batch.next_tokens(what)
+            batch.add(tokens)
+            try:
+                logits.append(read(tokens))
+            except ValueError as error:
+                if case.needs_lost_keys and "needs keys that the windowed cache has let" in str(error):
+                    return
+                raise
+            done += what
+        elif kind == "mistake":
+            size = min(what, case.length - done)
+            read(batch.next_tokens(size))
+            past.crop(-size)
+        else:
+            if logits:
+                compare_logits(torch.cat(logits, 1))
+            logits = []
+            change_rows(kind, what, past, batch)
+    compare_logits(torch.cat(logits, 1))
+
+
+def change_rows(kind: str, what: Any, past: Any, batch: Batch) -> None:
+    """Reorders, repeats or selects the rows of the cache and of the batch."""
+    if kind == "repeat":
+        past.batch_repeat_interleave(what)
+        batch.choose(torch.arange(len(batch.source)).repeat_interleave(what))
+    elif kind == "select":
+        past.batch_select_indices(torch.tensor(what))
+        batch.choose(torch.tensor(what))
+    else:
+        past.reorder_cache(torch.tensor(what))
+        batch.choose(torch.tensor(what))
+
+
+def compare_gradients(
+    weights: Weights, found: Tensor, readings: list[Tensor], readers: list[Reader], random: torch.Generator
+) -> None:
+    """Compares the gradients of all weights, given the logits that they made."""
+    direction = torch.randn(found.shape, generator=random, dtype=torch.float64)
+    gradients, *of_readers = (
+        torch.autograd.grad((logits.double() * direction).sum(), list(of.values()))
+        for logits, of in zip([found, *readings], [weights, *(reader.weights for reader in readers)], strict=True)
+    )
+    exact, plain = of_readers[:2]
+    relative = [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(plain, exact, strict=True)]
+    typical = statistics.median(error for error in relative if not math.isnan(error)) * readers[1].scale
+    # What belongs together has one scale: a text of one token has no gradient of queries and keys, but for rounding.
+    largest: dict[str, float] = {}
+    for name, gradient in zip(weights, exact, strict=True):
+        largest[group(name)] = max(largest.get(group(name), 0.0), gradient.abs().max().item())
+    for name, gradient, *of_weight in zip(weights, gradients, *of_readers, strict=True):
+        compare(f"gradient of {name}", gradient, of_weight, readers, typical * largest[group(name)])
+
+
+def group(name: str) -> str:
+    """Returns the part of the model that a weight belongs to, such as an attention."""
+    return ".".join(name.split(".")[:-2])
+
+
+FUZZ = settings(
+    derandomize=True,
+    database=None,
+    deadline=None,
+    print_blob=False,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.generate, Phase.shrink),
+)
+
+
+@settings(FUZZ, max_examples=100)
+@given(case=cases())
+def test_cases(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.slow
+@settings(FUZZ, max_examples=1000)
+@given(case=cases())
+def test_many_cases(case: Case) -> None:
+    check(case)
+
+
+# FlexAttention compiles a kernel for each kind of input, and the compiler imports what PyTorch has deprecated.
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention on the CPU needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@settings(FUZZ, max_examples=60)
+@given(case=cases(backends=("flex_attention",)))
+def test_flex_attention(case: Case) -> None:
+    check(case)
