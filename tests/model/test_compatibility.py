@@ -266,6 +266,7 @@ def test_optional_parts_are_imported_where_they_are_used() -> None:
 
 
 HOOKS = {
+    "_prepare_model_inputs": "documents that generate is told of in another way than by positions would be forgotten",
     "_prepare_cache_for_generation": "the windowed cache is not made, and generation uses a dynamic one",
     "_prepare_position_ids_for_generation": "prompts that are padded on the right get wrong positions",
     "create_masks_for_generate": "a static cache gets a mask that loses the distances of padded prompts",
