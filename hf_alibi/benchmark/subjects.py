@@ -28,11 +28,11 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..model.alibi import alibi_slopes
-from ..model.attention import ALL_ATTENTION_FUNCTIONS
+from ..model.attention import BACKENDS as ALL_BACKENDS
 from ..model.cache_names import CACHE_NAME
 from ..model.configuration_alibi_gpt import AlibiGPTConfig
+from ..model.layers import AlibiGPTAttention
 from ..model.layout import token_layout
-from ..model.modeling_alibi_gpt import AlibiGPTAttention
 
 CAUSAL = "causal SDPA, no bias"
 # A mask that every layer shares; one that each makes; and Transformers' way, where each makes it of a shared bias.
@@ -46,7 +46,7 @@ EAGER, WINDOWED = "ALiBi, eager", "ALiBi, sdpa, windows"
 OWN_CACHE, DYNAMIC_CACHE = "ALiBi, WindowedCache", "ALiBi, DynamicCache"
 DECODERS = {OWN_CACHE: WINDOWED, DYNAMIC_CACHE: WINDOWED} | {peer: peer for peer in PEERS}  # and their models
 # Names with a slash are repositories of kernels, names with a bar are for continuous batching.
-BACKENDS = [backend for backend in ALL_ATTENTION_FUNCTIONS if not {"/", "|"} & set(backend)]
+BACKENDS = [backend for backend in ALL_BACKENDS if not {"/", "|"} & set(backend)]
 ROWS_AT_A_TIME = 64  # in float64, for the memory's sake
 
 
@@ -123,7 +123,7 @@ def _forward(name: str, problem: Problem, query: Tensor, key: Tensor, value: Ten
     config._attn_implementation = backend
     module = AlibiGPTAttention(config, layer_idx=0).to(problem.device)
     layout = token_layout(torch.tensor(config.slopes, device=problem.device), query.transpose(1, 2), None, None, None)
-    attend = partial(ALL_ATTENTION_FUNCTIONS[backend], module, query, key, value, layout, module.scaling)
+    attend = partial(ALL_BACKENDS[backend].forward, module, query, key, value, layout, module.scaling)
     return lambda: attend()[0].transpose(1, 2)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from .recording import is_recorded
+
 HARMLESS = {
     # What is returned, and how. The decorators of `forward` have read these.
     "output_attentions",
@@ -63,7 +65,7 @@ def check_arguments(arguments: dict[str, Any], num_queries: int, cache: Cache | 
     Raises:
         ValueError: Names the argument.
     """
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    tracing = is_recorded()
     for name, value in arguments.items():
         if value is None or name in HARMLESS:
             continue

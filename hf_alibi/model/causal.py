@@ -24,7 +24,9 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .alibi import causal_line
+from .inputs import AttentionInputs
 from .private_torch import CPU_FLASH, CPU_FLASH_BACKWARD, TRANSFORMS_ARE_ACTIVE, has_own_operator
+from .recording import is_compiled
 from .runs import Runs
 from .tiles import FULL_SPEED, Tile, in_pieces, joined, key_tiles, query_tiles
 
@@ -32,43 +34,28 @@ SLOPE_GRAIN = 64  # keys to which the gradient of slopes takes distances togethe
 NAMESPACE = re.sub(r"\W", "_", __name__)  # the copy of this file that comes with a model has operators of its own
 
 
-def causal_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slopes: Tensor,
-    scaling: float,
-    dropout: float,
-    windows: Tensor | None,
-) -> Tensor:
+def causal_attention(inputs: AttentionInputs) -> Tensor:
     """Attention of queries that are the last of the keys, nothing but the future being hidden.
-
-    Args:
-        query: `[batch, heads, queries, head_dim]`.
-        key: `[batch, key_value_heads, keys, head_dim]`.
-        value: `[batch, key_value_heads, keys, head_dim]`.
-        slopes: `[heads]`.
-        scaling: Factor of the scores before the bias is added.
-        dropout: Probability of dropping an attention weight.
-        windows: How far back each query head looks, `[heads]`; `None`: to the first key.
 
     Returns:
         `[batch, heads, queries, head_dim]`.
     """
-    if is_one_operator(dropout, query, key, value, slopes):
+    query, slopes = inputs.query, inputs.slopes
+    if is_one_operator(inputs.dropout, query, inputs.key, inputs.value, slopes):
         dtype = query.dtype
         # float16 kernels are slower than float32 ones, several times so in the backward pass. The gradient of slopes
         # is a sum in which much cancels, for which 16 bits are too few.
         if slopes.requires_grad or dtype == torch.float16:
-            query, key, value = (states.to(slopes.dtype) for states in (query, key, value))
-        output, _ = attention_in_tiles(query, key, value, slopes, windows, scaling)
+            inputs = inputs.to(slopes.dtype)
+        output, _ = attention_in_tiles(inputs.query, inputs.key, inputs.value, slopes, inputs.windows, inputs.scaling)
         return output.to(dtype)
     outputs = []
-    line = _line(query, key, slopes)
-    for tile in query_tiles(query, key, None):  # of all heads at once
-        q, k, v = tile.of_queries(query).flip(2), tile.of_keys(key), tile.of_keys(value)
+    line = _line(query, inputs.key, slopes)
+    # All heads look at every key here, so a tile holds all of them.
+    for tile in query_tiles(query, inputs.key, None):
+        states = tile.of_queries(query).flip(2), tile.of_keys(inputs.key), tile.of_keys(inputs.value)
         bias = tile.bias(line, _corner(tile, query.shape[2]))
-        outputs.append(kernel(q, k, v, bias, scaling, dropout).flip(2))
+        outputs.append(kernel(inputs.with_states(*states), bias).flip(2))
     return torch.cat(outputs, dim=2)
 
 
@@ -82,32 +69,25 @@ def is_transformed(*tensors: Tensor) -> bool:
     if TRANSFORMS_ARE_ACTIVE is not None and TRANSFORMS_ARE_ACTIVE():
         return True
     # A compiled graph is traced anew under forward-mode AD, and PyTorch refuses what it cannot differentiate.
-    return not torch.compiler.is_compiling() and any(unpack_dual(states).tangent is not None for states in tensors)
+    return not is_compiled() and any(unpack_dual(states).tangent is not None for states in tensors)
 
 
-def attention_in_runs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slopes: Tensor,
-    scaling: float,
-    dropout: float,
-    windows: Tensor | None,
-    runs: Runs,
-) -> Tensor:
-    """Runs of tokens attend each by itself, as if it were alone; arguments and result as in `causal_attention`.
+def attention_in_runs(inputs: AttentionInputs, runs: Runs) -> Tensor:
+    """Attention of runs of tokens, each by itself, as if it were alone; the result is as in `causal_attention`.
 
     Args:
+        inputs: The whole batch.
         runs: Which queries and keys belong together. Queries in no run get zeros.
     """
-    batch, _, num_queries, head_dim = query.shape
-    query, key, value = _flat(query, runs.queries), _flat(key, runs.keys), _flat(value, runs.keys)
+    batch, heads, num_queries, head_dim = inputs.query.shape
+    query = _flat(inputs.query, runs.queries)
+    key, value = _flat(inputs.key, runs.keys), _flat(inputs.value, runs.keys)
     sizes = runs.query_sizes, runs.key_sizes, runs.key_sizes
     pieces = (states.split(size, dim=2) for states, size in zip((query, key, value), sizes, strict=True))
-    outputs = [causal_attention(q, k, v, slopes, scaling, dropout, windows) for q, k, v in zip(*pieces, strict=True)]
+    outputs = [causal_attention(inputs.with_states(*run)) for run in zip(*pieces, strict=True)]
     output = torch.cat(outputs, dim=2) if outputs else query
     if runs.queries is not None:
-        padded = query.new_zeros(1, query.shape[1], batch * num_queries, head_dim)
+        padded = query.new_zeros(1, heads, batch * num_queries, head_dim)
         output = padded.index_copy(2, runs.queries, output)
     return output.unflatten(2, (batch, num_queries))[0].transpose(0, 1)
 
@@ -118,26 +98,26 @@ def _flat(states: Tensor, index: Tensor | None) -> Tensor:
     return (flat if index is None else flat.index_select(0, index)).transpose(0, 1)[None]
 
 
-def kernel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float, dropout: float) -> Tensor:
+def kernel(inputs: AttentionInputs, bias: Tensor) -> Tensor:
     """PyTorch's attention with a bias `[batch or 1, heads, queries, keys]`, of higher precision where it can be."""
+    query, key, value, dtype = inputs.query, inputs.key, inputs.value, inputs.query.dtype
     if query.device.type != "cpu":
         # Only the CPU's kernels read a bias of overlapping strides and of another dtype than the queries'.
-        bias = bias.to(query.dtype, copy=True, memory_format=torch.contiguous_format)
-    dtype = query.dtype
+        bias = bias.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    backend: Any = nullcontext()
     if is_transformed(query, key, value, bias):
         query, key, value = (states.to(bias.dtype) for states in (query, key, value))
-        backend: Any = sdpa_kernel(SDPBackend.MATH)
-    else:
-        backend = nullcontext()
+        backend = sdpa_kernel(SDPBackend.MATH)
     with backend:
         output = F.scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=bias.expand(query.shape[0], -1, -1, -1),
-            dropout_p=dropout,
-            scale=scaling,
-            enable_gqa=True if query.shape[1] != key.shape[1] else False,  # noqa: SIM210  decides on symbols, which bool leaves
+            dropout_p=inputs.dropout,
+            scale=inputs.scaling,
+            # Decides on symbols while a graph is compiled; `bool()` would ask for their values.
+            enable_gqa=True if query.shape[1] != key.shape[1] else False,  # noqa: SIM210
         )
     return output.to(dtype)
 

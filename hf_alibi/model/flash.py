@@ -8,10 +8,12 @@ Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Wor
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .inputs import AttentionInputs, attention_inputs
 from .layout import TokenLayout
 
 HOW_TO_GET_FLASH_ATTENTION = (
@@ -20,13 +22,31 @@ HOW_TO_GET_FLASH_ATTENTION = (
 )
 
 
-def alibi_flash_attention(
+def flash_attention_2_forward(
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    slopes: Tensor,
+    attention_mask: TokenLayout,
     scaling: float,
-    dropout: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention through FlashAttention 2; arguments as in `eager_attention_forward`, but no weights.
+
+    Raises:
+        ValueError: For float32 and float64, a mask of queries times keys, and slopes that are trained.
+    """
+    # Only here, as a checkpoint must load where Transformers has moved this.
+    from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
+
+    inputs = attention_inputs(module, query, key, value, attention_mask, scaling, dropout)
+    (flash, flash_varlen, *_), _ = lazy_import_flash_attention(module.config._attn_implementation)
+    return alibi_flash_attention(inputs, attention_mask, flash, flash_varlen), None
+
+
+def alibi_flash_attention(
+    inputs: AttentionInputs,
     layout: TokenLayout,
     flash_attn_func: Callable[..., Tensor],
     flash_attn_varlen_func: Callable[..., Tensor],
@@ -34,12 +54,7 @@ def alibi_flash_attention(
     """Attention through FlashAttention 2.
 
     Args:
-        query: `[batch, heads, queries, head_dim]`, bfloat16 or float16.
-        key: `[batch, key_value_heads, keys, head_dim]`; if `layout.length` is set, no more keys than that.
-        value: `[batch, key_value_heads, keys, head_dim]`.
-        slopes: `[heads]`.
-        scaling: Factor of the scores before the bias is added.
-        dropout: Probability of dropping an attention weight.
+        inputs: In bfloat16 or float16; if `layout.length` is set, with no more keys than that.
         layout: Positions and visibility of the tokens.
         flash_attn_func: The kernel of that name, for sequences of equal length.
         flash_attn_varlen_func: The kernel of that name, for runs.
@@ -50,6 +65,7 @@ def alibi_flash_attention(
     Raises:
         ValueError: For float32 and float64, a mask of queries times keys, and slopes that are trained.
     """
+    query, key, value = inputs.query, inputs.key, inputs.value
     if query.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
             f"flash_attention_2 computes in bfloat16 and float16, not in {query.dtype}: load the model with "
@@ -60,11 +76,12 @@ def alibi_flash_attention(
             f"flash_attention_2 takes no mask of queries times keys, got one of shape {tuple(layout.mask.shape)}; "
             "use sdpa, or a mask of shape [batch, tokens]."
         )
-    if torch.is_grad_enabled() and slopes.requires_grad:
+    if torch.is_grad_enabled() and inputs.slopes.requires_grad:
         raise ValueError("flash_attention_2 has no gradient for slopes; train them with sdpa.")
 
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))
-    options = {"dropout_p": dropout, "softmax_scale": scaling, "causal": True, "alibi_slopes": slopes.float()}
+    options: dict[str, Any] = {"dropout_p": inputs.dropout, "softmax_scale": inputs.scaling, "causal": True}
+    options["alibi_slopes"] = inputs.slopes.float()
     if layout.length is not None:
         return flash_attn_func(query, key, value, **options)
     batch, num_queries = query.shape[:2]

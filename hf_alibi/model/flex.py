@@ -20,8 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .inputs import QUERY_BLOCK, AttentionInputs, attention_inputs
 from .layout import TokenLayout
 from .private_torch import MASKED_INDEX
+from .recording import is_compiled
 
 # FlexAttention is a prototype in PyTorch, and a checkpoint must load without it: it is imported where it is used.
 if TYPE_CHECKING:
@@ -38,25 +40,36 @@ class Visibility(NamedTuple):
     mask: "BlockMask"
 
 
-def alibi_flex_attention(
+def flex_attention_forward(
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    slopes: Tensor,
+    attention_mask: TokenLayout,
     scaling: float,
-    layout: TokenLayout,
-    windows: Tensor | None,
-) -> Tensor:
-    """Attention through FlexAttention.
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention through FlexAttention; arguments as in `eager_attention_forward`, but no weights.
 
-    Args:
-        query: `[batch, heads, queries, head_dim]`, float32, bfloat16 or float16.
-        key: `[batch, key_value_heads, keys, head_dim]`; if `layout.length` is set, no more keys than that.
-        value: `[batch, key_value_heads, keys, head_dim]`.
-        slopes: `[heads]`.
-        scaling: Factor of the scores before the bias is added.
-        layout: Positions and visibility of the tokens.
-        windows: How far back each query head looks, `[heads]`; `None`: to the first key.
+    Raises:
+        ValueError: For dropout and for float64.
+        NotImplementedError: If gradients are needed on the CPU.
+    """
+    layout = attention_mask
+    if dropout:
+        raise ValueError(f"flex_attention has no dropout, got attention_dropout={dropout}; use 0, or sdpa.")
+    inputs = attention_inputs(module, query, key, value, layout, scaling, dropout)
+    # A few queries are not worth waiting for the windows, and a compiled graph cannot wait for them.
+    if not is_compiled() and query.shape[2] >= QUERY_BLOCK:
+        inputs = inputs.with_lossless_windows(module.config.window_tolerance)
+    with torch.autocast(query.device.type, enabled=False):
+        output = alibi_flex_attention(inputs, layout)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def alibi_flex_attention(inputs: AttentionInputs, layout: TokenLayout) -> Tensor:
+    """Attention through FlexAttention.
 
     Returns:
         `[batch, heads, queries, head_dim]`; queries that see nothing get zeros, unless `layout.mask` hides the keys.
@@ -65,25 +78,27 @@ def alibi_flex_attention(
         ValueError: For float64.
         NotImplementedError: If gradients are needed on the CPU.
     """
+    query, key, value = inputs.query, inputs.key, inputs.value
     if query.dtype == torch.float64:
         raise ValueError("flex_attention has no kernel for torch.float64; use sdpa or eager.")
-    needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, slopes))
-    if needs_gradients and query.device.type == "cpu":
+    tensors = (query, key, value, inputs.slopes)
+    if query.device.type == "cpu" and torch.is_grad_enabled() and any(states.requires_grad for states in tensors):
         raise NotImplementedError(
             "flex_attention has no backward pass on the CPU; call the model under torch.no_grad(), or use sdpa."
         )
-    mask, biased = _bias(query, key, slopes, layout, windows)
+    mask, biased = _bias(inputs, layout)
     from torch.nn.attention.flex_attention import flex_attention
 
-    attend: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+    attend: Any = flex_attention if is_compiled() else _compiled_flex_attention()
     return attend(
         query,
         key,
         value,
         score_mod=biased,
         block_mask=mask,
-        scale=scaling,
-        enable_gqa=True if query.shape[1] != key.shape[1] else False,  # noqa: SIM210  decides on symbols, which bool leaves
+        scale=inputs.scaling,
+        # Decides on symbols while a graph is compiled; `bool()` would ask for their values.
+        enable_gqa=True if query.shape[1] != key.shape[1] else False,  # noqa: SIM210
         # The kernel for short queries fails where many heads share keys; a single query needs it most.
         kernel_options={"BACKEND": "TRITON"} if query.shape[2] > 1 else None,
     )
@@ -102,12 +117,11 @@ def _compiled_flex_attention() -> Callable[..., Any]:
     )
 
 
-def _bias(
-    query: Tensor, key: Tensor, slopes: Tensor, layout: TokenLayout, windows: Tensor | None
-) -> "tuple[BlockMask | None, Callable[..., Tensor]]":
+def _bias(inputs: AttentionInputs, layout: TokenLayout) -> "tuple[BlockMask | None, Callable[..., Tensor]]":
     """Returns which blocks to compute, and the function that adds the bias to a score."""
+    query, key, windows = inputs.query, inputs.key, inputs.windows
     if layout.mask is not None:
-        bias = _lookup(layout.dense_bias(slopes).expand(len(query), -1, -1, -1))
+        bias = _lookup(layout.dense_bias(inputs.slopes).expand(len(query), -1, -1, -1))
         return None, lambda score, b, h, q, k: score + bias(b, h, q, k)
 
     shared = layout.shared
@@ -119,7 +133,7 @@ def _bias(
         if limits not in shared.near_blocks:
             shared.near_blocks[limits] = _cut_short(mask, limits)
         mask = shared.near_blocks[limits]
-    slope = _lookup(slopes)
+    slope = _lookup(inputs.slopes)
     return mask, lambda score, b, h, q, k: score - slope(h) * distance(b, q, k)
 
 

@@ -24,6 +24,7 @@ from transformers.modeling_outputs import (
 
 from .cache_names import CACHE_NAME, only_cache
 from .outputs import as_asked
+from .recording import is_recorded
 
 IGNORED_LABEL = -100
 
@@ -296,7 +297,7 @@ def _refuse_packed_rows(
     **kwargs: Any,
 ) -> None:
     """Raises `ValueError` if a row holds several documents, which one label cannot describe."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if is_recorded():
         return
     packed = {
         "attention_mask": attention_mask is not None and bool((attention_mask > 1).any()),

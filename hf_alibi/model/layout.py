@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from .alibi import alibi_bias
 from .documents import Packing, Pass, check_one_document, document_starts
+from .recording import is_exported, is_recorded
 from .runs import Runs, find_runs
 
 
@@ -178,7 +179,7 @@ def token_layout(
     if past_key_values is not None:
         past = past_key_values.get_seq_length()
         num_keys, _ = past_key_values.get_mask_sizes(num_queries, 0)
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    tracing = is_recorded()
     if isinstance(past, Tensor) and not tracing:
         past = int(past)
     slots = (torch.arange(num_queries, device=device) + past)[None]
@@ -199,7 +200,7 @@ def token_layout(
         return _custom_layout(slopes, slots, keys, attention_mask, position_ids, past)
     if attention_mask is None and position_ids is None and not packing.names():
         check_one_document(past_key_values, past)
-        unknown = isinstance(past, Tensor) or torch.compiler.is_exporting()
+        unknown = isinstance(past, Tensor) or is_exported()
         length = None if unknown else past + num_queries
         return TokenLayout(slopes, slots, keys, Shared(), length=length)
 

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from .attention import backend
 from .configuration_alibi_gpt import AlibiGPTConfig
 from .layout import Shared, TokenLayout
+from .recording import is_compiled
 from .runs import runs_of_bounds
-
-PAGED_IMPLEMENTATIONS = ("sdpa", "eager", "paged|eager")
 
 
 class PagedCache(Cache):
@@ -71,7 +71,7 @@ def paged_config(config: AlibiGPTConfig, batching: Any) -> Any:
     Raises:
         ValueError: For attention implementations, slopes and CUDA graphs that continuous batching would get wrong.
     """
-    if config._attn_implementation not in PAGED_IMPLEMENTATIONS:
+    if not backend(config._attn_implementation).paged:
         raise ValueError(
             f"Continuous batching adds the ALiBi bias with sdpa and eager, not with {config._attn_implementation}; "
             "call model.set_attn_implementation('sdpa') first."
@@ -125,6 +125,6 @@ def paged_layout(
     slots = torch.arange(attention_mask.shape[-1], dtype=key_bounds.dtype, device=key_bounds.device)
     starts = key_bounds[torch.searchsorted(key_bounds, slots, right=True) - 1]
     layout = TokenLayout(slopes, position_ids, (slots - starts)[None], Shared(), mask=attention_mask)
-    if torch.compiler.is_compiling():
+    if is_compiled():
         return layout
     return layout._replace(runs=runs_of_bounds(cu_seq_lens_q, key_bounds, *attention_mask.shape[-2:]))

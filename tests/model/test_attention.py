@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hf_alibi import AlibiGPTConfig
 from hf_alibi.model.alibi import alibi_slopes
-from hf_alibi.model.attention import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
+from hf_alibi.model.attention import backend as backend_of
 from hf_alibi.model.layout import Shared, TokenLayout, token_layout
 
 BACKENDS = ["eager", "sdpa"]
@@ -43,7 +43,7 @@ def layout_of(
 
 def attend(backend: str, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout) -> Tensor:
     module = SimpleNamespace(config=AlibiGPTConfig(window_tolerance=0))
-    attention = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
+    attention = backend_of(backend).forward
     output, weights = attention(module, query, key, value, layout, scaling=SCALING)
     assert (weights is not None) == (backend == "eager")
     return output.transpose(1, 2)
@@ -278,7 +278,7 @@ def test_a_row_that_sees_nothing_gives_no_nan(backend: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("name", ["flash_attention_3", "paged|sdpa", "nonsense"])
 def test_an_implementation_without_alibi_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="does not know ALiBi"):
-        ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        backend_of(name)
 
 
 def test_masks_that_do_not_fit_are_refused() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hf_alibi.model.flash import alibi_flash_attention
+from hf_alibi.model.inputs import AttentionInputs
 from hf_alibi.model.layout import Shared, TokenLayout
 
 HEADS = 6
@@ -66,9 +67,8 @@ def flash_attn_varlen_func(
 def attend(inputs: list[Tensor], layout: TokenLayout) -> Tensor:
     """`[batch, heads, queries, head_dim]` from the kernels above, in bfloat16."""
     query, key, value = (x.bfloat16() for x in inputs)
-    output = alibi_flash_attention(
-        query, key, value, layout.slopes, SCALING, 0.0, layout, flash_attn_func, flash_attn_varlen_func
-    )
+    call = AttentionInputs(query, key, value, layout.slopes, SCALING)
+    output = alibi_flash_attention(call, layout, flash_attn_func, flash_attn_varlen_func)
     return output.transpose(1, 2)
 
 
@@ -147,7 +147,7 @@ def test_what_it_cannot_do_is_refused() -> None:
     layout = layout_of(HEADS, 2, 5)
     kernels = (flash_attn_func, flash_attn_varlen_func)
     with pytest.raises(ValueError, match=r"bfloat16 and float16, not in torch\.float32"):
-        alibi_flash_attention(*inputs, layout.slopes, SCALING, 0.0, layout, *kernels)
+        alibi_flash_attention(AttentionInputs(*inputs, layout.slopes, SCALING), layout, *kernels)
     masked = layout_of(HEADS, 2, 5, torch.ones(2, 1, 5, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"got one of shape \(2, 1, 5, 5\); use sdpa"):
         attend(inputs, masked)

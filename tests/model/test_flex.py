@@ -19,7 +19,7 @@ from transformers import DynamicCache, StaticCache
 
 from hf_alibi import AlibiGPTConfig
 from hf_alibi.model import flex
-from hf_alibi.model.attention import flex_attention_forward
+from hf_alibi.model.flex import flex_attention_forward
 from hf_alibi.model.layout import TokenLayout
 
 # PyTorch's compiler imports a module that uses what PyTorch has deprecated.

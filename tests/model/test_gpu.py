@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils import is_flash_attn_2_available, is_kernels_available
 
 from hf_alibi import AlibiGPTConfig
-from hf_alibi.model.attention import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
+from hf_alibi.model.attention import backend as backend_of
 from hf_alibi.model.layout import TokenLayout
 
 DEVICE = "cuda"
@@ -49,7 +49,7 @@ def attend(backend: str, inputs: list[Tensor], layout: TokenLayout, tolerance: f
     config = AlibiGPTConfig(window_tolerance=tolerance, qk_norm=False)
     config._attn_implementation = backend
     module = SimpleNamespace(config=config)
-    attention = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
+    attention = backend_of(backend).forward
     return attention(module, *inputs, layout, scaling=SCALING)[0].transpose(1, 2)
 
 

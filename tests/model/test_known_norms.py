@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from transformers import DynamicCache
 
 from hf_alibi import AlibiGPTForCausalLM
-from hf_alibi.model.modeling_alibi_gpt import AlibiGPTRMSNorm
+from hf_alibi.model.norms import AlibiGPTRMSNorm
 
 LOUD = 8.0  # times as large as the weight of the norm says
 

@@ -15,6 +15,7 @@ from hf_alibi import AlibiGPTForCausalLM
 from hf_alibi.model import tiles
 from hf_alibi.model.alibi import alibi_slopes
 from hf_alibi.model.causal import attention_in_runs
+from hf_alibi.model.inputs import AttentionInputs
 from hf_alibi.model.paged import paged_config, paged_layout
 from hf_alibi.model.runs import runs_of_bounds
 from hf_alibi.model.windows import head_windows, norm_bounds
@@ -235,7 +236,7 @@ def test_every_request_attends_as_the_formula_says(
     windows = head_windows(slopes, norm_bounds(query, key, scaling), 2.0**-24) if windowed else None
     requests = [(slice(0, 1), slice(0, 600)), (slice(1, 18), slice(600, 617)), (slice(18, 20), slice(617, 710))]
     runs = runs_of_bounds(bounds_of([1, 17, 2]), bounds_of([600, 17, 93]), 21, 715)
-    output = attention_in_runs(query, key, value, slopes, scaling, 0.0, windows, runs)
+    output = attention_in_runs(AttentionInputs(query, key, value, slopes, scaling, 0.0, windows), runs)
     for queries, keys in requests:
         expected = oracle.attention(query[:, :, queries], key[:, :, keys], value[:, :, keys], slopes.tolist(), scaling)
         torch.testing.assert_close(output[:, :, queries].double(), expected, rtol=0, atol=1e-5)

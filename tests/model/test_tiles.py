@@ -7,6 +7,7 @@ import torch
 from hf_alibi.model import tiles
 from hf_alibi.model.alibi import alibi_slopes
 from hf_alibi.model.causal import causal_attention
+from hf_alibi.model.inputs import AttentionInputs
 from hf_alibi.model.windows import head_windows, norm_bounds
 
 HEAD_DIM, SCALING = 8, 8**-0.5
@@ -40,7 +41,7 @@ def test_output_and_gradients(heads: int, kv_heads: int, length: int, past: int,
     windows = head_windows(slopes, norm_bounds(query, key, SCALING), 2.0**-52) if windowed else None
     inputs = (query, key, value)
 
-    output = causal_attention(*inputs, slopes, SCALING, 0.0, windows)
+    output = causal_attention(AttentionInputs(*inputs, slopes, SCALING, 0.0, windows))
     expected = oracle.attention(*inputs, slopes.tolist(), SCALING)
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-13)
     direction = torch.randn_like(expected)

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from hf_alibi import AlibiGPTConfig
 from hf_alibi.model.alibi import alibi_slopes
 from hf_alibi.model.causal import causal_attention
+from hf_alibi.model.inputs import AttentionInputs
 from hf_alibi.model.tiles import query_tiles
 from hf_alibi.model.windows import UNLIMITED, WindowGuarantee, head_windows, norm_bounds, qk_norm_bound
 
@@ -58,7 +59,7 @@ def test_leaving_out_the_rest_changes_the_output_by_less_than_promised(kv_heads:
     inputs = list(adversary(bound, heads, 3000, windows.tolist()))
     inputs[1:] = [states[:, :: heads // kv_heads] for states in inputs[1:]]
     assert any(tile.keys.start > 0 for tile in query_tiles(inputs[0], inputs[1], windows))
-    output = causal_attention(*inputs, slopes, SCALING, 0.0, windows)
+    output = causal_attention(AttentionInputs(*inputs, slopes, SCALING, 0.0, windows))
     expected = oracle.attention(*inputs, oracle.paper_slopes(heads), SCALING)
     assert 0 < (output - expected).abs().max() <= 2 * tolerance
 
@@ -81,7 +82,7 @@ def test_windows_at_float_rounding_change_neither_output_nor_gradients(
     true = torch.autograd.grad(expected, inputs, direction)
     results = {}
     for name, reach in (("windows", windows), ("everything", None)):
-        output = causal_attention(*inputs, slopes, SCALING, 0.0, reach)
+        output = causal_attention(AttentionInputs(*inputs, slopes, SCALING, 0.0, reach))
         gradients = torch.autograd.grad(output, inputs, direction.to(dtype))
         pairs = zip((output, *gradients), (expected, *true), strict=True)
         results[name] = torch.stack([(actual - exact).abs().max() / exact.abs().max() for actual, exact in pairs])

@@ -1,0 +1,91 @@
+"""Attention through PyTorch's fused kernels, the default.
+
+Where nothing but the future is hidden, and where a batch falls into runs of tokens that see each other, the kernels
+are called tile by tile (`causal.py`), and no bias of queries times keys is stored. Every other case stores the bias of
+one block of queries at a time.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import HeldKeys
+from .causal import attention_in_runs, causal_attention, is_one_operator, kernel
+from .inputs import QUERY_BLOCK, AttentionInputs, attention_inputs
+from .layout import TokenLayout
+from .recording import has_any_length, is_exported
+
+
+def sdpa_attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: TokenLayout,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention through PyTorch's fused kernels; arguments as in `eager_attention_forward`, but no weights.
+
+    Where a windowed cache holds other keys for each group of heads, `key` is a list of `HeldKeys`.
+    """
+    layout = attention_mask
+    if isinstance(key, list):
+        return _windowed(query, key, layout, scaling), None
+    if is_exported() or (has_any_length(query, key) and not is_one_operator(dropout, query, key, value)):
+        # A graph of a loop over blocks would be for this length only.
+        layout = layout._replace(length=None)
+    inputs = attention_inputs(module, query, key, value, layout, scaling, dropout)
+    device, in_tiles = query.device.type, layout.length is not None or layout.runs is not None
+    if device == "cpu" and in_tiles:
+        inputs = inputs.with_lossless_windows(module.config.window_tolerance)
+    # Autocast would round the bias to the low precision of the queries.
+    with torch.autocast(device, enabled=False):
+        if layout.length is not None:
+            output = causal_attention(inputs)
+        elif layout.runs is not None:
+            output = attention_in_runs(inputs, layout.runs)
+        else:
+            output = _masked(inputs, layout)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _masked(inputs: AttentionInputs, layout: TokenLayout) -> Tensor:
+    """Stores the bias of one block of queries at a time. Queries of which nothing is asked get zeros."""
+    if is_exported():
+        # Not every engine shares key-value heads, or takes a bias of higher precision than the queries.
+        exact = inputs.to(inputs.slopes.dtype).with_all_heads()
+        output = kernel(exact, layout.dense_bias(inputs.slopes)).to(inputs.query.dtype)
+    elif has_any_length(inputs.query, inputs.key):
+        output = kernel(inputs, layout.dense_bias(inputs.slopes))
+    else:
+        blocks = [slice(start, start + QUERY_BLOCK) for start in range(0, inputs.query.shape[2], QUERY_BLOCK)]
+        outputs = [
+            kernel(inputs._replace(query=inputs.query[:, :, rows]), layout.dense_bias(inputs.slopes, rows))
+            for rows in blocks
+        ]
+        output = torch.cat(outputs, dim=2)
+    if layout.query_mask is None:
+        return output
+    return output.masked_fill(~layout.query_mask[:, None, :, None], 0)
+
+
+def _windowed(query: Tensor, held: list[HeldKeys], layout: TokenLayout, scaling: float) -> Tensor:
+    """Lets every group of heads attend to the keys that it holds; returns `[batch, queries, heads, head_dim]`."""
+    output = torch.empty_like(query.transpose(1, 2))
+    for group in held:
+        ring = group.ring
+        slopes = layout.slopes[ring.heads]
+        inputs = AttentionInputs(query[:, ring.heads], group.keys, group.values, slopes, scaling)
+        with torch.autocast(query.device.type, enabled=False):
+            if not group.only_future_is_hidden(layout):
+                part = _masked(inputs, group.layout(layout))
+            elif group.in_order:
+                part = causal_attention(inputs._replace(windows=ring.windows))
+            else:
+                bias = ring.bias(query.shape[2], group.length)
+                part = kernel(inputs._replace(query=inputs.query.flip(2)), bias).flip(2)
+        output[:, :, ring.heads] = part.transpose(1, 2)
+    return output
