@@ -25,13 +25,15 @@ from transformers.utils.import_utils import is_serve_available
 from ..errors import UserError
 from ..hub.checkpoints import LOADING_ERRORS, available_device, check_vocabulary, load_config, load_tokenizer
 from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM
-from ..positions.sinusoidal import SinusoidalGPTForCausalLM
+from ..positions import NopeGPTForCausalLM, RotaryGPTForCausalLM, SinusoidalGPTForCausalLM
 
 # Click's exception for a wrong command line. Typer brings Click along, under a name of its own in its newer versions.
 UsageError: Any = typer.BadParameter.__base__
 
 # What Transformers does elsewhere than in chat and completions, or with more models than one.
 NOT_OPTIONS = {"decision_config", "model_timeout", "non_blocking", "reasoning"}
+
+MODELS = (AlibiGPTForCausalLM, NopeGPTForCausalLM, RotaryGPTForCausalLM, SinusoidalGPTForCausalLM)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -80,7 +82,7 @@ def serve(
 
     from ..serving import server as guarded
 
-    for model_class in (AlibiGPTForCausalLM, SinusoidalGPTForCausalLM):
+    for model_class in MODELS:
         setattr(transformers, model_class.__name__, model_class)  # where Transformers' server looks for it
     check(force_model, options)
     server.build_server = functools.partial(guarded.build_server, max_total_tokens=max_total_tokens)

@@ -81,7 +81,9 @@ class ModelArguments:
     )
     model_type: str = field(
         default="alibi_gpt",
-        metadata={"help": "Architecture: alibi_gpt, or sinusoidal_gpt, the same with sinusoidal positions."},
+        metadata={
+            "help": "Architecture: alibi_gpt, or the same with other positions: sinusoidal_gpt, rotary_gpt, nope_gpt."
+        },
     )
     config_overrides: str = field(
         default="",

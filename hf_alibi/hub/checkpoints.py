@@ -31,8 +31,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from .. import positions  # noqa: F401  registers its models with the Auto classes
 from ..errors import UserError
-from ..positions import sinusoidal  # noqa: F401  registers the baseline with the Auto classes
 
 logger = logging.getLogger(__name__)
 

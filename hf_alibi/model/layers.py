@@ -66,6 +66,7 @@ class AlibiGPTAttention(nn.Module):
         query = self.q_norm(query.view(head_shape)).transpose(1, 2)
         key = self.k_norm(key.view(head_shape)).transpose(1, 2)
         value = value.view(head_shape).transpose(1, 2)
+        query, key = self.with_positions(query, key, attention_mask.layout)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -81,6 +82,16 @@ class AlibiGPTAttention(nn.Module):
             **kwargs,
         )
         return self.o_proj(output.reshape(*input_shape, -1)), weights
+
+    def with_positions(self, query: Tensor, key: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        """Returns queries and keys as they meet: with ALiBi, positions have no part in them.
+
+        Args:
+            query: `[batch, heads, queries, head_dim]`.
+            key: `[batch, key_value_heads, queries, head_dim]`, the new ones, before they are cached.
+            layout: Positions of the tokens.
+        """
+        return query, key
 
     def known_gains(self) -> tuple[Tensor, Tensor] | None:
         """Returns the gains `[head_dim]` of queries and keys if they alone bound every score, otherwise `None`."""
@@ -113,10 +124,12 @@ class AlibiGPTMLP(nn.Module):
 class AlibiGPTDecoderLayer(GradientCheckpointingLayer):
     """Attention and feed-forward layer, each normed before and added to the residual stream after."""
 
-    def __init__(self, config: AlibiGPTConfig, layer_idx: int) -> None:
+    def __init__(
+        self, config: AlibiGPTConfig, layer_idx: int, attention_class: type[AlibiGPTAttention] = AlibiGPTAttention
+    ) -> None:
         super().__init__()
         self.input_layernorm = make_norm(config)
-        self.self_attn = AlibiGPTAttention(config, layer_idx)
+        self.self_attn = attention_class(config, layer_idx)
         self.post_attention_layernorm = make_norm(config)
         self.mlp = AlibiGPTMLP(config)
         self.is_parallel = config.use_parallel_residual

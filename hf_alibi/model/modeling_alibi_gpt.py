@@ -22,7 +22,7 @@ from .decoder_windows import check_windowed_cache, window_guarantees, windowed_c
 from .documents import Packing
 from .generation import AlibiGenerationMixin
 from .heads import QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead
-from .layers import AlibiGPTDecoderLayer, SealedLayout
+from .layers import AlibiGPTAttention, AlibiGPTDecoderLayer, SealedLayout
 from .layout import token_layout
 from .norms import make_norm
 from .outputs import as_asked, is_asked, selected_states
@@ -33,9 +33,14 @@ from .windows import WindowGuarantee
 
 
 class AlibiGPTModel(AlibiGPTPreTrainedModel):
-    """The decoder without a head: tokens in, hidden states out."""
+    """The decoder without a head: tokens in, hidden states out.
+
+    Other position methods override three things: `with_positions`, what is added to embeddings; `attention_class`,
+    whose `with_positions` changes queries and keys; and the config's `slopes`.
+    """
 
     _auto_class = "AutoModel"
+    attention_class = AlibiGPTAttention
 
     def __init__(self, config: AlibiGPTConfig) -> None:
         super().__init__(config)
@@ -43,7 +48,9 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.embedding_norm = make_norm(config) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.layers = nn.ModuleList(AlibiGPTDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            AlibiGPTDecoderLayer(config, i, self.attention_class) for i in range(config.num_hidden_layers)
+        )
         self.norm = make_norm(config)
         if config.alibi_slopes_trainable:
             # Logarithms keep slopes positive; "bias" in the name keeps weight decay away.
@@ -224,6 +231,7 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, AlibiGenerationMixin):
     """The language model: the decoder and an output layer over the vocabulary."""
 
     _auto_class = "AutoModelForCausalLM"
+    decoder_class = AlibiGPTModel
     _table_of_names = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -233,7 +241,7 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, AlibiGenerationMixin):
     def __init__(self, config: AlibiGPTConfig) -> None:
         super().__init__(config)
         self.loss_type = "ForCausalLM"  # whatever a subclass is called
-        self.model = AlibiGPTModel(config)
+        self.model = self.decoder_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
