@@ -132,8 +132,8 @@ def test_the_blocks_listed_are_those_with_a_visible_key_in_both_directions(layou
     assert torch.equal(partial.mT, listed(mask.q_num_blocks, mask.q_indices))
     assert torch.equal(whole.mT, listed(mask.full_q_num_blocks, mask.full_q_indices))
     real = torch.ones(batch, queries, dtype=torch.bool)
-    if layout.key_mask is not None:
-        real = layout.key_mask[:, -queries:]
+    if layout.query_mask is not None:
+        real = layout.query_mask
     visible = layout.visible() & real[:, None, :, None]
     needed = torch.nn.functional.max_pool2d(visible.float(), flex.BLOCK, ceil_mode=True)
     assert torch.equal(dense(partial | whole, queries, keys), dense(needed, queries, keys))
