@@ -281,9 +281,8 @@ def test_what_a_cache_says_of_itself_is_what_a_dynamic_cache_says(make_model: Mo
         for either in (past, plain):
             step(either)
         assert said(past) == said(plain)
-    for either in (past, plain):
-        with pytest.raises(ValueError, match="negative"):
-            either.crop(3)
+    with pytest.raises(ValueError, match="negative"):
+        past.crop(3)
 
 
 def test_all_can_be_taken_back_and_reset(make_model: ModelFactory) -> None:
