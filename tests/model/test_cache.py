@@ -226,8 +226,8 @@ def test_taking_back_everything_leaves_an_empty_cache(make_model: ModelFactory, 
     """As with a DynamicCache, also where keys are gone; another batch size may come then."""
     model = make_model(**SHAPES["4-heads"])
     past, plain = windowed(model), DynamicCache(config=model.config)
+    past.crop(-3)  # nothing to take back yet, at which the DynamicCache of Transformers 5.19 fails
     for either in (past, plain):
-        either.crop(-3)  # nothing to take back yet
         in_steps(model, tokens(), [prompt], either)
         either.crop(-taken)
         assert either.get_seq_length() == 0
@@ -255,10 +255,11 @@ def test_what_a_cache_says_of_itself_is_what_a_dynamic_cache_says(make_model: Mo
             either.is_croppable,
             either.is_sliding,
             either.is_linear,
-            either.is_dummy,
+            # Transformers 5.19 does not ask for these two.
+            getattr(either, "is_dummy", None),
+            either.is_recording_past(0) if hasattr(either, "is_recording_past") else None,
             either.is_initialized,
             either.batch_size,
-            either.is_recording_past(0),
             [layer.is_initialized for layer in either.layers],
         ]
 
@@ -280,9 +281,8 @@ def test_what_a_cache_says_of_itself_is_what_a_dynamic_cache_says(make_model: Mo
         for either in (past, plain):
             step(either)
         assert said(past) == said(plain)
-    for either in (past, plain):
-        with pytest.raises(ValueError, match="negative"):
-            either.crop(3)
+    with pytest.raises(ValueError, match="negative"):
+        past.crop(3)
 
 
 def test_all_can_be_taken_back_and_reset(make_model: ModelFactory) -> None:
