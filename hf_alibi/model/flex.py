@@ -169,7 +169,7 @@ def _lookup(table: Tensor) -> Callable[..., Tensor]:
         return lambda *index: table[index]
     # The CPU's template corrupts the names of sizes in the code that it generates, some of the time. This takes an
     # element without any mention of a size: strides are tensors, and an index that is masked is not checked.
-    flat = table.flatten()
+    flat = table.flatten().contiguous()  # flattening a table of one column that is repeated leaves it a view
     strides = [torch.tensor(stride) for stride in table.contiguous().stride()]
 
     def element(*index: Tensor) -> Tensor:

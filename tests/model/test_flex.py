@@ -242,6 +242,25 @@ def test_a_mask_of_the_callers_own_decides_who_sees_whom(additive: bool) -> None
 @compiles
 @pytest.mark.slow
 @no_grad
+@pytest.mark.parametrize("sizes", [[[3, 17], [8, 12]], [[3, 17]]], ids=["of-each-text", "of-all-texts"])
+def test_documents_of_a_batch_are_continued_token_by_token(make_model: ModelFactory, sizes: list[list[int]]) -> None:
+    model = make_model()
+    input_ids = torch.randint(3, 97, (2, 20))
+    position_ids = documents(sizes)
+    model.set_attn_implementation("eager")
+    expected = model(input_ids, position_ids=position_ids).logits
+    model.set_attn_implementation("flex_attention")
+    cache = DynamicCache(config=model.config)
+    pieces = [
+        model(input_ids[:, part], position_ids=position_ids[:, part], past_key_values=cache).logits
+        for part in (slice(18), slice(18, 19), slice(19, 20))
+    ]
+    assert (torch.cat(pieces, 1) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@compiles
+@pytest.mark.slow
+@no_grad
 @pytest.mark.parametrize("heads", [(6, 6), (12, 4)], ids=["6-heads", "12-heads-grouped"])
 def test_a_model_gives_the_logits_of_eager_with_every_cache(make_model: ModelFactory, heads: tuple[int, int]) -> None:
     model = make_model(num_attention_heads=heads[0], num_key_value_heads=heads[1], hidden_size=192)
