@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..tables import some_of
 from .checkpoint import Checkpoint
 from .rules import Plan, Rule, Weights
 
@@ -67,11 +68,11 @@ def steps(plan: Plan, checkpoint: Checkpoint, shapes: dict[str, Tensor], layers:
     unread = {short: name for short, name in unread.items() if not any(re.fullmatch(p, short) for p in plan.ignored)}
     if unread:
         raise UserError(
-            f"{checkpoint.folder} holds weights that its config has no place for: {_some(unread.values())}"
+            f"{checkpoint.folder} holds weights that its config has no place for: {some_of(unread.values())}"
         )
     unwritten = set(shapes) - {name for step in found for name in step.targets}
     if unwritten:
-        raise UserError(f"{checkpoint.folder} has nothing for {_some(unwritten)}")
+        raise UserError(f"{checkpoint.folder} has nothing for {some_of(unwritten)}")
     for short, expected in plan.checks.items():
         if short in there:
             _check(there[short], checkpoint[there[short]], expected)
@@ -99,7 +100,7 @@ def _steps_of(
                 if wanted:  # a bias that is missing there is zero here
                     yield Step((), tuple(wanted), _zeros(shapes, wanted))
             elif missing and wanted:
-                raise UserError(f"the checkpoint lacks {_some(missing)}, which its config asks for")
+                raise UserError(f"the checkpoint lacks {some_of(missing)}, which its config asks for")
 
 
 def _zeros(shapes: dict[str, Tensor], names: list[str]) -> Callable[[Weights], Weights]:
@@ -123,10 +124,3 @@ def _check(name: str, found: Tensor, expected: Tensor) -> None:
     rounding = torch.finfo(found.dtype).eps if found.dtype.is_floating_point else 0.0
     if found.numel() != expected.numel() or ((found.flatten() - expected).abs() > rounding * expected).any():
         raise UserError(f"{name} holds {found.flatten().tolist()}, where {expected.tolist()} was expected")
-
-
-def _some(names: Iterable[str]) -> str:
-    """A few of many `names`, and how many there are."""
-    ordered = sorted(names)
-    shown = ", ".join(ordered[:3])
-    return shown if len(ordered) <= 3 else f"{shown}, … ({len(ordered)} in all)"

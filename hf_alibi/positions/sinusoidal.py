@@ -1,7 +1,7 @@
-"""The baseline of the comparison: the same model with sinusoidal position embeddings in place of ALiBi.
+"""The baseline: the same model with sinusoidal position embeddings instead of ALiBi.
 
-Everything but the positions is shared, so that a difference in perplexity is a difference of the
-position method. Source: Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762), section 3.5.
+Both models share everything but the positions, so a difference in perplexity comes from the position method.
+Source: Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762), section 3.5.
 Importing this module registers the model with the Auto classes as `sinusoidal_gpt`.
 """
 
@@ -28,7 +28,7 @@ QUERY_GAIN = 2.0
 
 @strict
 class SinusoidalGPTConfig(AlibiGPTConfig):
-    """Configuration of the baseline: an AlibiGPT without bias, every slope being zero, hence without windows."""
+    """Configuration of the baseline: an AlibiGPT whose slopes are zero, hence without bias and windows."""
 
     model_type = "sinusoidal_gpt"
     _auto_class = None  # type: ignore[assignment]  # the code is saved here, not by Transformers
@@ -36,12 +36,12 @@ class SinusoidalGPTConfig(AlibiGPTConfig):
 
     @property
     def slopes(self) -> list[float]:
-        """No penalty on distance."""
+        """Zero for every head: distance costs nothing."""
         return [0.0] * self.num_attention_heads
 
 
 def code_that_travels(file: Path) -> list[Path]:
-    """Returns this file of a position method, and those that the decoder needs."""
+    """Returns `file`, which defines a position method, and the files that the decoder needs."""
     decoder = Path(inspect.getfile(AlibiGPTModel))
     return [file, decoder, *map(Path, get_relative_import_files(decoder))]
 
@@ -62,18 +62,21 @@ def sinusoidal_embeddings(position_ids: Tensor, hidden_size: int) -> Tensor:
 
 
 class SinusoidalGPTModel(AlibiGPTModel):
-    """The decoder with positions added to the token embeddings, set up to learn as fast as we found a way to.
+    """The decoder with positions added to the token embeddings.
 
-    Token embeddings grow many times over in the first hundred steps, while sinusoids stay as they are. Where
-    the two begin on a par, positions have drowned before attention learns to use them; so token embeddings
-    are normed, and sinusoids added at an eighth of their size.
+    It differs from the ALiBi decoder in more than the positions, so that it learns as fast as possible:
 
-    ALiBi attends to what is near from the first step. Here attention does so too if queries and keys begin with the
-    same projection, the product of two sinusoids being largest where their positions are close (compare Trockman and
-    Kolter, "Mimetic Initialization of Self-Attention Layers", arXiv 2305.09828), and if it is sharp enough: the gains
-    of the queries' norm begin at 2. And what the layers add to the residual stream begins no smaller than any other
-    output. In short runs each of these helped this model, more than other sizes, gains and learning rates did; gains
-    of 2 and the larger outputs made the ALiBi model worse.
+    - Token embeddings are normed, and the sinusoids added have an eighth of their size. Otherwise token embeddings
+      grow many times over in the first hundred steps, and the positions become too small for attention to use.
+    - Queries and keys start with the same projection. The product of two sinusoids is largest at close positions, so
+      attention prefers near tokens from the first step, as ALiBi does. Compare Trockman and Kolter, "Mimetic
+      Initialization of Self-Attention Layers" (arXiv 2305.09828).
+    - The gains of the query norm start at 2, which makes this preference sharp enough.
+    - The output projections of the layers start with the same standard deviation as all other weights, not a smaller
+      one.
+
+    Each of these helped this model in short runs, more than other sizes, gains and learning rates did. Gains of 2 and
+    larger outputs made the ALiBi model worse.
     """
 
     config: SinusoidalGPTConfig
@@ -103,17 +106,17 @@ class SinusoidalGPTForCausalLM(AlibiGPTForCausalLM):
             _begin_near_by(layer, config)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Saves the model with its code: this file, and those of `model/` that it stands on."""
+        """Saves the model with its code: this file, and the files of `model/` that it imports."""
         super().save_pretrained(save_directory, *args, **kwargs)
         for file in code_that_travels(Path(__file__)):
-            # In the saved folder all files lie side by side.
+            # A saved model is one flat folder.
             code = file.read_text(encoding="utf-8").replace("from ..model.", "from .")
             (Path(save_directory) / file.name).write_text(code, encoding="utf-8")
 
 
 @torch.no_grad()
 def _begin_near_by(layer: Any, config: SinusoidalGPTConfig) -> None:
-    """Sets initial weights as `SinusoidalGPTModel` says; keys get the projection of their first query head."""
+    """Sets the initial weights that `SinusoidalGPTModel` lists. A key head copies its first query head."""
     attention = layer.self_attn
     projection = attention.q_proj.weight.unflatten(0, (config.num_key_value_heads, -1, attention.head_dim))
     attention.k_proj.weight.copy_(projection[:, 0].flatten(0, 1))

@@ -6,7 +6,7 @@ changed while another thread decodes with them, and how special tokens are read 
 What a client writes in a chat is text: a message that spells a special token, such as the one that ends each turn, has
 the tokens of that spelling and does not end its turn. Only the chat template puts special tokens into a conversation.
 The prompt of a completion has no such borders. It is tokenized as it is, its special tokens too, as by
-``tokenizer(prompt)``.
+`tokenizer(prompt)`.
 """
 
 import asyncio

@@ -9,9 +9,9 @@ make the FastAPI application; `hf_alibi/cli/serve.py` puts the one below in its 
 - tokenizes as `prompts.py` says, beside the event loop;
 - refuses bodies, and prompts with their continuations, beyond `max_total_tokens`, since ALiBi has no limit of its own;
 - stops generating when the client has gone, whether its answer is streamed or not;
-- ends streams with ``data: [DONE]``, as OpenAI does.
+- ends streams with `data: [DONE]`, as OpenAI does.
 
-Requests wait in line for `generate`, or with ``--continuous_batching`` run together.
+Requests wait in line for `generate`, or with `--continuous_batching` run together.
 """
 
 import asyncio

@@ -130,7 +130,7 @@ def test_learned_slopes_are_those_of_the_weights(make_model: ModelFactory, tmp_p
 
 @pytest.mark.parametrize(
     ("config", "text"),
-    [({"window_tolerance": 0}, "Off: every query"), ({"qk_norm": False}, "Without QK-norm a window follows from")],
+    [({"window_tolerance": 0}, "Off: every query"), ({"qk_norm": False}, "Without QK-norm, each call computes")],
     ids=["off", "no QK-norm"],
 )
 def test_windows_that_are_not_known_beforehand(
