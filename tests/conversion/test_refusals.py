@@ -211,7 +211,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: edit_weights(
             folder, lambda weights: weights.update({f"{DENSE}.weight": torch.ones(192, 48, dtype=torch.int8)})
         ),
-        "torch.int8: convert the weights before they were quantised",
+        "torch.int8: convert the checkpoint that was not quantised",
     ),
     "a weight twice": (
         lambda folder: edit_weights(folder, lambda weights: weights.update({"ln_f.bias": torch.ones(48)})),
@@ -275,7 +275,7 @@ def test_pickles_are_read_on_request_and_run_nothing(tmp_path: Path) -> None:
         name: f"pytorch_model-0000{number}-of-00002.bin" for number, half in enumerate(halves, 1) for name in half
     }
     (source / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    with pytest.raises(UserError, match="only pickled weights, which are read on request"):
+    with pytest.raises(UserError, match="only pickled weights; allow_pickle reads them, as tensors"):
         convert(source, tmp_path / "ours")
     model = convert(source, tmp_path / "ours", allow_pickle=True)
     for name, weight in expected.state_dict().items():
@@ -306,7 +306,7 @@ def test_a_model_that_is_not_its_source_is_noticed(tmp_path: Path) -> None:
     weights["model.layers.0.self_attn.q_proj.weight"] *= 1.01
     save_file(weights, tmp_path / "ours" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        UserError, match="the converted model is not its source: logits differ from Transformers' Bloom"
+        UserError, match="the converted model does not equal its source: logits differ from Transformers' Bloom"
     ):
         verify(plan, checkpoint, tmp_path / "ours", ids, "numbers", is_exact=True)
 

@@ -165,7 +165,7 @@ BAD_ARGUMENTS = {
     ),
     "another shape": (
         ["--model_name_or_path", "{checkpoint}", "--config_overrides", "hidden_size=64", "--train_file", "{rows}"],
-        "hidden_size is 96 in .*, and stays so",
+        "hidden_size is 96 in .* and cannot be changed",
     ),
     "unknown architecture": (["--model_type", "alibi", "--train_file", "{rows}"], "alibi"),
     "unknown field": (["--config_overrides", "width=64", "--train_file", "{rows}"], "has no field 'width'"),
