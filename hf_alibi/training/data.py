@@ -144,8 +144,9 @@ def load_file_corpus(
     readers = sorted({_reader(path) for paths in data_files.values() for path in paths})
     if len(readers) > 1:
         raise UserError(f"the files of one corpus must be of one kind, not {' and '.join(readers)}")
+    # `load_dataset` takes file names for patterns.
     escaped = {split: [glob.escape(path) for path in paths] for split, paths in data_files.items()}
-    source = {"path": readers[0], "data_files": escaped, "streaming": streaming}  # which it takes for patterns
+    source = {"path": readers[0], "data_files": escaped, "streaming": streaming}
     if readers[0] == "text":
         source["sample_by"] = "document"
     return _as_corpus(" and ".join(patterns.values()), source, text_column, validation_percentage)
@@ -204,7 +205,7 @@ def _as_corpus(name: str, source: dict[str, Any], text_column: str, validation_p
 
 @contextmanager
 def reading_errors() -> Iterator[None]:
-    """Turn what is wrong with streamed data, and shows only when it is reached, into a `UserError`."""
+    """Raises `UserError` for errors in streamed data, which only show when the stream reaches them."""
     try:
         yield
     except (UnicodeDecodeError, DatasetsError) as error:
@@ -212,7 +213,7 @@ def reading_errors() -> Iterator[None]:
 
 
 def _is_document(text: Any) -> bool:
-    """Whether there is text in a row. Raises `UserError` if it holds something else."""
+    """Returns whether a row holds text that is not empty. Raises `UserError` if it holds something else."""
     if not isinstance(text, str | None):
         raise UserError(f"the column of the text holds {type(text).__name__} further on: {shorten(str(text), 60)}")
     return bool(text)
@@ -232,7 +233,7 @@ def _is_held_out(key: str, percentage: int) -> bool:
 
 
 def _with_documents(corpus: Corpus) -> Corpus:
-    """Return `corpus`; raise `UserError` if a split of it has no document."""
+    """Returns `corpus`. Raises `UserError` if one of its splits has no document."""
     for split, documents in corpus.items():
         if next(iter(documents), None) is None:
             raise UserError(
