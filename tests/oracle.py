@@ -1,8 +1,8 @@
-"""ALiBi attention, and a language model with it, from the paper's formula, with loops where loops are plainest.
+"""ALiBi attention, and a language model with it, from the paper's formula, with loops where that is simplest.
 
-Nothing here comes from the package, so that a test against it is a test against the paper. `attention` computes in
-float64. `language_model` computes in the dtype of its weights: float64 gives the truth, any other dtype gives the
-error that a plain implementation makes in that dtype.
+Nothing here comes from the package, so a test against it is a test against the paper. `attention` computes in float64.
+`language_model` computes in the dtype of its weights: float64 gives the exact result, and any other dtype shows the
+error of a plain implementation in that dtype.
 """
 
 import math
@@ -20,7 +20,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def paper_slopes(num_heads: int, max_bias: float = 8.0) -> list[float]:
-    """The slopes of section 3, and footnote's rule for a number of heads that is no power of two."""
+    """Returns the slopes of section 3, with the footnote's rule if the number of heads is no power of two."""
     if math.log2(num_heads).is_integer():
         ratio = 2.0 ** (-max_bias / num_heads)
         return [ratio ** (head + 1) for head in range(num_heads)]
@@ -31,7 +31,7 @@ def paper_slopes(num_heads: int, max_bias: float = 8.0) -> list[float]:
 def attention(
     query: Tensor, key: Tensor, value: Tensor, slopes: list[float], scaling: float, visible: Tensor | None = None
 ) -> Tensor:
-    """softmax(q k^T scaling - m (i - j)) v over the keys j <= i, in float64.
+    """Computes softmax(q k^T scaling - m (i - j)) v over the keys j <= i, in float64.
 
     Args:
         query: `[batch, heads, queries, head_dim]`; the queries are the last of the keys.

@@ -62,7 +62,7 @@ from ..benchmark.measuring import (
 )
 from ..errors import UserError
 from ..hub.checkpoints import available_device
-from .options import OptionParser, check_output, in_range
+from .options import OptionParser, check_output, in_range, output_path
 
 DTYPES = ["float32", "bfloat16", "float16"]
 # Columns of every table.
@@ -184,8 +184,8 @@ def write(report: Report, arguments: MeasuringArguments, prefix: Path) -> None:
     """Writes PREFIX.json and PREFIX.png."""
     result = {"environment": environment(arguments.device), "arguments": asdict(arguments), "records": report.records}
     text = json.dumps(result | report.more, indent=2, default=str)
-    prefix.with_name(prefix.name + ".json").write_text(text + "\n")
-    plot(report.records, report.plotted, report.ylabel, prefix.with_name(prefix.name + ".png"))
+    output_path(prefix, ".json").write_text(text + "\n")
+    plot(report.records, report.plotted, report.ylabel, output_path(prefix, ".png"))
 
 
 def check(arguments: MeasuringArguments) -> None:

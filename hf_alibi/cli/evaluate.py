@@ -27,7 +27,7 @@ from ..evaluation.plots import Curve, plot_extrapolation
 from ..hub.checkpoints import LoadingArguments, available_device, load_causal_lm, load_config
 from ..tables import aligned
 from ..training.data import load_file_corpus, load_hub_corpus, reading_errors, standard_library_corpus
-from .options import OptionParser, check_output, in_range, parse
+from .options import OptionParser, check_output, in_range, output_path, parse
 
 
 @dataclass
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(table(curves))
     print(f"perplexity per token (bits per byte), the same target tokens at every length, {windows}")
     if arguments.output_prefix is not None:
-        plot_extrapolation(curves, arguments.output_prefix.with_name(arguments.output_prefix.name + ".png"))
+        plot_extrapolation(curves, output_path(arguments.output_prefix, ".png"))
 
 
 def check(arguments: EvaluationArguments, loading: LoadingArguments) -> list[str]:
@@ -151,4 +151,4 @@ def write_results(curves: Sequence[Curve], prefix: Path) -> None:
     for curve in curves:
         results = [asdict(r) | {"nats_by_position": mean_by_doubling(r.nats_by_position)} for r in curve.results]
         models.append({"label": curve.label, "training_length": curve.training_length, "results": results})
-    prefix.with_name(prefix.name + ".json").write_text(json.dumps({"models": models}, indent=2) + "\n", "utf-8")
+    output_path(prefix, ".json").write_text(json.dumps({"models": models}, indent=2) + "\n", "utf-8")

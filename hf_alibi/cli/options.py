@@ -76,6 +76,11 @@ def in_range(arguments: Any, lowest: float, *names: str, highest: float = math.i
             raise UserError(f"--{name} must be {expected}, got {value}")
 
 
+def output_path(prefix: Path, suffix: str) -> Path:
+    """Returns the file PREFIX + SUFFIX. Dots in PREFIX are part of its name."""
+    return prefix.with_name(prefix.name + suffix)
+
+
 def check_output(prefix: Path | None) -> None:
     """Creates the folder of PREFIX.json and PREFIX.png, and checks that both can be written and a plot can be drawn.
 
@@ -88,7 +93,7 @@ def check_output(prefix: Path | None) -> None:
     if prefix.name in ("", ".."):
         raise UserError(f"--output_prefix {prefix} lacks the beginning of a file name")
     for suffix in (".json", ".png"):
-        path = prefix.with_name(prefix.name + suffix)
+        path = output_path(prefix, suffix)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             is_new = not path.exists()

@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
-from ..hub.model_card import CITATION, FACTS, CardArguments, conversion, model_card, weights_licence
+from ..hub.model_card import CITATION, FACTS, CardArguments, assemble, conversion, model_card, weights_licence
 from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM
 
 __all__ = ["FACTS", "write_card"]
@@ -32,7 +32,7 @@ def write_card(model: PreTrainedModel, folder: Path, source_folder: Path, source
             f"## Licence\n\n{weights_licence(arguments.license)}",
             f"## Citation\n\n{CITATION}",
         ]
-        card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+        card = assemble(data, sections)
     card.save(folder / "README.md")
 
 

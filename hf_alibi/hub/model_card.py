@@ -9,6 +9,7 @@ that `hf_alibi.training.train` writes beside the weights, never from the pickle 
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -139,6 +140,11 @@ def model_card(
         f"## Licence\n\n{licence(arguments)}",
         f"## Citation\n\n{CITATION}",
     ]
+    return assemble(data, sections)
+
+
+def assemble(data: ModelCardData, sections: Sequence[str]) -> ModelCard:
+    """Returns a card with this metadata and those of the sections that are not empty."""
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n")
 
 

@@ -28,12 +28,6 @@ def main() -> Callable[[list[str]], None]:
     return generate_command
 
 
-@pytest.fixture(scope="module")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained AlibiGPT; not to be changed."""
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
-
-
 def expected_text(checkpoint: Path, prompt: str, **options: Any) -> str:
     model, tokenizer = load_causal_lm(checkpoint, device="cpu")
     input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]

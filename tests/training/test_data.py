@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from itertools import chain, repeat
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -26,6 +25,8 @@ from hf_alibi.training.data import (
     standard_library_corpus,
     train_tokenizer,
 )
+
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 ODD_TEXTS = {
     "emoji": "👩‍👩‍👧‍👦 and 🏳️‍🌈",
@@ -46,12 +47,6 @@ def library() -> DatasetDict:
 @pytest.fixture(scope="module")
 def tokenizer(library: DatasetDict) -> PreTrainedTokenizerBase:
     return train_tokenizer(library["train"]["text"], 1024, max_characters=500_000)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `datasets` caches goes with the test."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 def random_documents(seed: int) -> list[str]:
@@ -117,7 +112,7 @@ def test_saved_tokenizer_names_a_class_that_every_version_of_transformers_has(
 
     tokenizer.save_pretrained(tmp_path)
     assert saved_class(tmp_path) == "PreTrainedTokenizerFast"
-    # One that was loaded is of Transformers' own class, which saves itself under the other name.
+    # A loaded tokenizer has Transformers' own class, which saves itself under the other name.
     AutoTokenizer.from_pretrained(tmp_path, token="hf_secret").save_pretrained(tmp_path / "again")
     make_tokenizer_portable(tmp_path / "again")
     assert saved_class(tmp_path / "again") == "PreTrainedTokenizerFast"
@@ -175,7 +170,7 @@ def test_packing_loses_nothing(tokenizer: PreTrainedTokenizerBase, block_size: i
 
 
 def positions_one_by_one(documents: list[list[int]], block_lengths: list[int]) -> list[int]:
-    """Positions from the definition: walk through the tokens, and begin again at each document and each block."""
+    """Computes positions by definition, in a loop that starts again at each document and each block."""
     block_starts = set(np.cumsum([0, *block_lengths]).tolist())
     positions: list[int] = []
     for document in documents:
