@@ -48,7 +48,8 @@ def attention(
     num_keys = key.shape[2]
     key, value = (states.repeat_interleave(heads // states.shape[1], 1).double() for states in (key, value))
     outputs = []
-    for start in range(0, num_queries, 512):  # blocks of rows, for the memory's sake
+    # Blocks of rows bound the memory.
+    for start in range(0, num_queries, 512):
         rows = torch.arange(start, min(start + 512, num_queries))
         i, j = (rows + num_keys - num_queries)[:, None], torch.arange(num_keys)[None]
         bias = torch.stack([-slope * (i - j).double() for slope in slopes])
@@ -78,7 +79,7 @@ class Text(NamedTuple):
 
 
 def language_model(weights: Mapping[str, Tensor], config: Any, text: Text, tolerance: float = 0.0) -> Tensor:
-    """The logits of an AlibiGPT for one text.
+    """Computes the logits of an AlibiGPT for one text.
 
     Args:
         weights: By their names in the model; a tied output layer has none of its own.
@@ -129,7 +130,8 @@ def _self_attention(
     visible = torch.ones(1, length, length, dtype=torch.bool).tril() if text.visible is None else text.visible
     if tolerance:
         longest = query.detach().norm(dim=-1).amax(0) * key.detach().norm(dim=-1).amax(0)
-        bound = longest * config.head_dim**-0.5  # the most that a score can be, [heads]
+        # The largest possible score, [heads].
+        bound = longest * config.head_dim**-0.5
         divided = slopes.detach()[:, None] / text.slope_divisors  # [heads, queries]
         window = torch.ceil((2 * bound[:, None] - math.log(tolerance)) / divided)
         visible = visible & (distance <= window[:, :, None])

@@ -1,4 +1,4 @@
-"""Perplexity against length for one or several checkpoints: a table, and with --output_prefix a JSON file and a plot.
+"""Evaluates perplexity against length: prints a table, and with --output_prefix writes a JSON file and a plot.
 
     hf_alibi evaluate --model_name_or_path runs/demo/alibi runs/demo/sinusoidal \
         --lengths 256 512 1024 2048 4096 --output_prefix runs/demo/extrapolation
@@ -44,9 +44,9 @@ class EvaluationArguments:
     stride: int | None = field(
         default=None, metadata={"help": "Tokens between the starts of sliding windows; if omitted, no overlap."}
     )
-    max_tokens: int = field(default=65_536, metadata={"help": "Tokens to score at most, from the start of the text."})
+    max_tokens: int = field(default=65_536, metadata={"help": "Most tokens to score, from the start of the text."})
     tokens_per_forward: int = field(
-        default=2048, metadata={"help": "Tokens in one forward pass at most; memory grows with it."}
+        default=2048, metadata={"help": "Most tokens in one forward pass; memory grows with it."}
     )
     output_prefix: Path | None = field(
         default=None, metadata={"help": "Write PREFIX.json and PREFIX.png; if omitted, only the table is printed."}
@@ -59,7 +59,7 @@ class EvaluationArguments:
         default=None, metadata={"help": "Evaluate on this text, JSON Lines or Parquet file (or glob pattern)."}
     )
     text_column: str = field(default="text", metadata={"help": "Column that holds the documents."})
-    streaming: bool = field(default=False, metadata={"help": "Read the dataset or file as far as it is needed."})
+    streaming: bool = field(default=False, metadata={"help": "Read only the needed part of the dataset or file."})
 
 
 @reading_errors()

@@ -71,7 +71,7 @@ def read(source: Fields) -> Plan:
     if fields["hidden_dropout"]:
         differs.append("In training, hidden_dropout also drops embeddings here.")
     if fields["pad_token_id"] is not None:
-        differs.append("In training, the embedding of the padding token stays as it is.")
+        differs.append("In training, the embedding of the padding token is not changed.")
     return Plan(
         fields,
         _rules(heads, fields["hidden_size"] // heads),

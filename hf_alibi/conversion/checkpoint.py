@@ -92,7 +92,8 @@ class Checkpoint:
             raise UserError(f"{folder} has only pickled weights; allow_pickle reads them, as tensors and nothing else")
         files = self._list(PICKLED if self.is_pickled else WEIGHTS)
         self.files: dict[str, Path] = {name: path for path in files for name in self._names(path)}
-        self.size = sum(path.stat().st_size for path in files)  # bytes
+        # In bytes.
+        self.size = sum(path.stat().st_size for path in files)
 
     def _list(self, single: str) -> list[Path]:
         """Returns the files of weights: the one called `single`, or those in its index."""

@@ -131,7 +131,7 @@ class Fields:
         """Returns the config inside the field `name`."""
         value = self.value(name, default={})
         if not isinstance(value, dict | None):
-            raise self.refusal(name, "it must be a config, with fields of its own")
+            raise self.refusal(name, "it must be an object with fields")
         return Fields(value or {}, self.owner, f"{self.prefix}{name}.")
 
     def common(self, architectures: Collection[str]) -> dict[str, Any]:

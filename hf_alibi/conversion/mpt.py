@@ -193,7 +193,7 @@ def _plan(fields: dict[str, Any], scale: float | None, logit_scale: float | None
     )
     differs = []
     if fields["pad_token_id"] is not None:
-        differs.append("In training, the embedding of the padding token stays as it is.")
+        differs.append("In training, the embedding of the padding token is not changed.")
     return Plan(
         fields,
         rules,

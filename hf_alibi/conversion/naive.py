@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def slopes(heads: int, max_bias: float = 8.0) -> Tensor:
-    """Returns the slopes of the paper, section 3, `[heads]`. `max_bias` is MPT's `alibi_bias_max`, in place of 8."""
+    """Returns the slopes of section 3 of the paper, `[heads]`. MPT's `alibi_bias_max` replaces the 8."""
     power = 2 ** math.floor(math.log2(heads))
     first = 2.0 ** (-max_bias * torch.arange(1, power + 1, dtype=torch.float64) / power)
     between = 2.0 ** (-max_bias * torch.arange(1, 2 * power + 1, 2, dtype=torch.float64) / (2 * power))

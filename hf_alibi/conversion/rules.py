@@ -88,7 +88,7 @@ def scaled(factor: float, before: Callable[[Weights], Weights] = same, which: Se
     """Returns a function that multiplies some outputs of `before` by `factor`, in float32.
 
     Args:
-        factor: 1 leaves the outputs as they are, in their own dtype.
+        factor: With 1, outputs are unchanged and keep their dtype.
         before: Applied first.
         which: Indices of the outputs to multiply.
     """

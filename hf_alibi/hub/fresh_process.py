@@ -1,6 +1,6 @@
 """Loads checkpoints in a new Python process that cannot import this package.
 
-So they are loaded with the code that they bring, as somebody without this package loads them. `publish` and `refresh`
+The process uses the code in the checkpoint, as users without this package do. `publish` and `refresh`
 do it to compare outputs.
 """
 

@@ -277,7 +277,7 @@ def own_outputs(folder: Path, class_name: str, input_ids: Tensor) -> dict[str, T
         raise UserError(f"cannot load the weights of {folder}: {shorten(str(error), 300)}") from error
     model, info = loaded
     if info["missing_keys"]:
-        raise UserError(f"{folder} lacks weights that its config asks for: {min(info['missing_keys'])} for one")
+        raise UserError(f"{folder} lacks weights that its config asks for, such as {min(info['missing_keys'])}")
     return dict(model(input_ids, use_cache=False))
 
 

@@ -21,17 +21,19 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from ..model.configuration_alibi_gpt import AlibiGPTConfig
 from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM, AlibiGPTModel
 
-TOKEN_SIZE = 0.3  # root mean square of a token embedding
+# Root mean squares of token embeddings and sinusoids.
+TOKEN_SIZE = 0.3
 SINUSOID_SIZE = TOKEN_SIZE / 8
 QUERY_GAIN = 2.0
 
 
 @strict
 class SinusoidalGPTConfig(AlibiGPTConfig):
-    """Configuration of the baseline: an AlibiGPT whose slopes are zero, hence without bias and windows."""
+    """Configuration of the baseline: an AlibiGPT whose slopes are zero, so that it has neither bias nor windows."""
 
     model_type = "sinusoidal_gpt"
-    _auto_class = None  # type: ignore[assignment]  # the code is saved here, not by Transformers
+    # `SinusoidalGPTForCausalLM.save_pretrained` saves the code, and Transformers must not.
+    _auto_class = None  # type: ignore[assignment]
     window_tolerance: int | float = 0.0
 
     @property
@@ -92,7 +94,8 @@ class SinusoidalGPTForCausalLM(AlibiGPTForCausalLM):
     """The baseline's language model."""
 
     config: SinusoidalGPTConfig
-    _auto_class = None  # type: ignore[assignment]  # the code is saved here, not by Transformers
+    # `save_pretrained` below saves the code, and Transformers must not.
+    _auto_class = None  # type: ignore[assignment]
     _auto_map = {
         "AutoConfig": "sinusoidal.SinusoidalGPTConfig",
         "AutoModelForCausalLM": "sinusoidal.SinusoidalGPTForCausalLM",

@@ -59,7 +59,7 @@ def encode_chat(
 
     If no message spells a special token, they are those of `apply_chat_template`. Otherwise placeholders replace such
     spellings before the template is rendered. Then the special tokens in the result are the template's own, and the
-    text between them is encoded as plain text, with the spellings in place of the placeholders.
+    text between them is encoded as plain text, after the spellings are put back.
     """
     special = {
         token.content: (index, token) for index, token in tokenizer.added_tokens_decoder.items() if token.special

@@ -124,8 +124,8 @@ def refuse_changes(checkpoint: str | Path, **sections: Any) -> None:
         ]
     if differences:
         raise UserError(
-            f"{checkpoint} belongs to another run, which differs in {', '.join(differences)}: resume with what it was "
-            "started with, or start a new run from its weights with --model_name_or_path"
+            f"{checkpoint} belongs to another run, which differs in {', '.join(differences)}: resume with the same "
+            "values, or start a new run from its weights with --model_name_or_path"
         )
     for library, version in versions().items():
         if version != earlier["versions"].get(library):

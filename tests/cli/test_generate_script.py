@@ -92,7 +92,8 @@ def test_prompt_from_a_file_or_standard_input(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    prompt = "the lazy dög\r\njumps\n\r\n" * 20  # far beyond the 32 tokens that the model was made for
+    # Far longer than the training length of 32 tokens.
+    prompt = "the lazy dög\r\njumps\n\r\n" * 20
     expected = expected_text(tiny_checkpoint, prompt, max_new_tokens=10) + "\n"
     common = ["--model_name_or_path", str(tiny_checkpoint), "--device", "cpu", "--max_new_tokens", "10"]
     (tmp_path / "prompt.txt").write_bytes(prompt.encode())

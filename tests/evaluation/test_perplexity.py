@@ -136,7 +136,8 @@ def test_results_are_over_the_same_targets_at_every_length(model: PreTrainedMode
     input_ids = random_stream(75)
     results = perplexity_by_length(model, input_ids, [8, 5, 24], stride, tokenizer=tiny_tokenizer())
     assert [result.length for result in results] == [8, 5, 24]
-    targets = input_ids[1:73]  # 74 targets, cut to three times 24
+    # There are 74 targets, which are cut to three times 24.
+    targets = input_ids[1:73]
     for result in results:
         nats = expected_nats(model, input_ids[:73], result.length, stride or result.length)
         blocks = [nats[start : start + 24].mean().item() for start in (0, 24, 48)]
@@ -172,7 +173,8 @@ def test_doubling_ranges() -> None:
 
 
 def test_bits_per_byte_counts_text_and_not_special_tokens() -> None:
-    targets = encode_stream(tiny_tokenizer(), ["né", "→"])  # 3 + 3 bytes, and two separators
+    # Texts of 3 + 3 bytes, and two separators.
+    targets = encode_stream(tiny_tokenizer(), ["né", "→"])
     assert targets.tolist().count(tiny_tokenizer().eos_token_id) == 2
     one_bit_each = torch.full((len(targets),), math.log(2), dtype=torch.float64)
     assert bits_per_byte(one_bit_each, targets, tiny_tokenizer()) == pytest.approx(len(targets) / 6)

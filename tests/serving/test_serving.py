@@ -350,7 +350,8 @@ def test_32_parallel_streams(server: Server, model: AlibiGPTForCausalLM) -> None
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 def test_a_client_that_leaves_does_not_keep_others_waiting(server: Server, stream: bool) -> None:
-    body = json.dumps({"prompt": PROMPT, "max_tokens": 19_000, "stream": stream}).encode()  # for a minute or more
+    # Generates for a minute or more.
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 19_000, "stream": stream}).encode()
     head = (
         f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
     )
@@ -382,7 +383,8 @@ def test_chat_command(server: Server, model: AlibiGPTForCausalLM) -> None:
     }  # it forbids this too
     chat = subprocess.run(
         [COMMAND, "chat", server.checkpoint, server.url, "max_new_tokens=12", "do_sample=False"],
-        input=f"{PROMPT}\nn\n!exit\n",  # no: it asks whether to go on
+        # The chat asks whether to continue; "n" means no.
+        input=f"{PROMPT}\nn\n!exit\n",
         capture_output=True,
         text=True,
         env=environment,

@@ -189,7 +189,8 @@ def test_a_last_token_is_not_left_alone(tokenizer: PreTrainedTokenizerBase) -> N
 
 @pytest.mark.parametrize("isolate_documents", [False, True], ids=["crossing", "isolated"])
 def test_streaming_packs_the_same_blocks(tokenizer: PreTrainedTokenizerBase, isolate_documents: bool) -> None:
-    documents = Dataset.from_dict({"text": [f"document {n}" for n in range(2500)]})  # more than two batches
+    # More than two batches.
+    documents = Dataset.from_dict({"text": [f"document {n}" for n in range(2500)]})
     blocks = pack(documents, tokenizer, 32, isolate_documents)
     streamed = pack(documents.to_iterable_dataset(), tokenizer, 32, isolate_documents)
     assert [{name: list(ids) for name, ids in block.items()} for block in streamed] == list(blocks)
@@ -323,7 +324,8 @@ BAD_FILES = {
 @pytest.mark.parametrize(("name", "content", "message"), BAD_FILES.values(), ids=BAD_FILES.keys())
 def test_bad_file(tmp_path: Path, name: str, content: bytes, message: str, streaming: bool) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):  # where it is streamed, once the row is reached
+    # A stream raises only when it reaches the row.
+    with pytest.raises(UserError, match=message):
         list(load_file_corpus(str(tmp_path / name), streaming=streaming, validation_percentage=0)["train"])
 
 

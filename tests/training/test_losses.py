@@ -198,7 +198,8 @@ def smoothing_trainer(model: nn.Module, folder: Path) -> Trainer:
 def test_label_smoothing_predicts_the_next_token(task: str, sharded: bool, tmp_path: Path) -> None:
     make, rows, collate = TASKS[task]
     model, batch = make(), collate(rows)
-    if sharded:  # PyTorch's fully_shard gives a model a class of this name
+    # PyTorch's fully_shard gives a model a class of this name.
+    if sharded:
         model.__class__ = type(f"FSDP{type(model).__name__}", (type(model),), {})
     expected = smoothed(model(batch["input_ids"]).logits[:, :-1], batch["labels"][:, 1:])
     assert smoothing_trainer(model, tmp_path).compute_loss(model, dict(batch)).item() == pytest.approx(expected)
