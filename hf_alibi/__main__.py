@@ -1,7 +1,7 @@
-"""The command `hf_alibi`: hands its arguments to the file of a sub-command in `cli/`.
+"""The command `hf_alibi`. It passes its arguments to the file in `cli/` that has the sub-command's name.
 
-`hf_alibi COMMAND ...` and `python -m hf_alibi COMMAND ...` are the same; the second form serves
-`accelerate launch -m hf_alibi ...`.
+`hf_alibi COMMAND ...` and `python -m hf_alibi COMMAND ...` are the same. The second form makes
+`accelerate launch -m hf_alibi ...` work.
 """
 
 import sys
@@ -14,7 +14,7 @@ from .version import __version__
 
 
 class Command(NamedTuple):
-    """What the help says about a command, and the extra of the package that it needs."""
+    """What the help says about a command, and which extra of the package installs what it needs."""
 
     summary: str
     extra: str
@@ -34,7 +34,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line `argv` (default: the process's own)."""
+    """Runs the command line `argv` (default: the process's own)."""
     command, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):
         print(usage())
@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif command not in COMMANDS:
         raise UserError(f"hf_alibi has no command {command!r}, only {', '.join(COMMANDS)}")
     else:
-        sys.argv[0] = f"hf_alibi {command}"  # the name in usage lines
+        # Usage lines begin with this name.
+        sys.argv[0] = f"hf_alibi {command}"
         try:
             module = import_module(f".cli.{command}", __package__)
         except ModuleNotFoundError as error:
@@ -71,7 +72,7 @@ def usage() -> str:
 
 
 def cli() -> None:
-    """Run the process's command line; a user's mistake ends in one line and status 2."""
+    """Runs the process's command line. A user's mistake ends it with one line and status 2."""
     run(main)
 
 

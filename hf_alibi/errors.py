@@ -1,12 +1,12 @@
-"""The one exception for a user's mistakes, and how a command reports it.
+"""The exception for a user's mistakes, and how a command reports it.
 
-Library code raises :class:`UserError` for input that only its user can put right: a missing folder, a length beyond
-what a model can see. A command passes its ``main`` to :func:`run`, so that such a mistake ends in one readable line::
+Library code raises `UserError` for input that only the user can correct: a missing folder, or a length that the model
+cannot read. A command passes its `main` to `run`, which reports such a mistake in one line:
 
     if __name__ == "__main__":
         run(main)
 
-Every other exception is a defect of the program and keeps its traceback.
+Every other exception is a bug in the program and keeps its traceback.
 """
 
 import sys
@@ -14,17 +14,18 @@ from collections.abc import Callable
 
 
 class UserError(ValueError):
-    """Bad input of a user; the message says what was wrong and what would be right."""
+    """A user's bad input. The message says what was wrong and what would be right."""
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main` and end the process as a command should.
+    """Calls `main` and ends the process as a command should.
 
-    A `UserError` becomes one ``error:`` line on stderr and status 2, Ctrl-C becomes status 130.
+    A `UserError` becomes one `error:` line on stderr and status 2. Ctrl-C becomes status 130.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            # A character that the terminal's encoding lacks is shown as an escape and does not end the command.
+            # A character that the terminal's encoding lacks is printed as an escape. By default it would raise an
+            # error.
             stream.reconfigure(errors="backslashreplace")
     try:
         main()

@@ -1,10 +1,15 @@
-"""Tables of text: aligned for a terminal, or in Markdown."""
+"""Text for people: tables aligned for a terminal or in Markdown, and shortened lists."""
 
 from collections.abc import Collection, Iterable, Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> str:
-    """`rows` of cells with columns two spaces apart; the columns `left` are aligned left, the others right."""
+    """Returns a table for the terminal, with columns two spaces apart.
+
+    Args:
+        rows: The cells of each line.
+        left: Numbers of the columns that are aligned left. The others are aligned right.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -17,8 +22,14 @@ def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> str:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown. A bar in a cell is escaped, and a line break becomes a space."""
+    """Returns a Markdown table. Bars in cells are escaped, and line breaks become spaces."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(
         f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in cells)} |" for cells in lines
     )
+
+
+def some_of(names: Collection[str]) -> str:
+    """Returns the first three of `names` in sorted order, and the total if there are more."""
+    shown = ", ".join(sorted(names)[:3])
+    return shown if len(names) <= 3 else f"{shown}, … ({len(names)} in all)"

@@ -1,4 +1,4 @@
-"""The same as `hf_alibi benchmark`; see there: `python scripts/benchmark.py --help`."""
+"""Does the same as `hf_alibi benchmark`."""
 
 from hf_alibi.cli.benchmark import main
 from hf_alibi.errors import run

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Train short, test long, in one command: a small ALiBi model and its sinusoidal twin learn from 256 tokens at a time,
-# read up to 4,096, and the ALiBi model continues a prompt of several thousand. Everything is left under runs/demo/.
+# Train short, test long, in one command. A small ALiBi model and its sinusoidal twin train on 256 tokens at a time and
+# are evaluated on up to 4,096. Then the ALiBi model continues a prompt of several thousand. All files are in runs/demo/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export OMP_WAIT_POLICY=passive  # threads that wait by spinning slow down whatever else the machine does
+# Otherwise waiting threads spin, and slow down everything else on the machine.
+export OMP_WAIT_POLICY=passive
 source scripts/environment.sh train
 
 out=runs/demo
@@ -27,7 +28,7 @@ train alibi_gpt "$out/alibi" 3e-3
 echo "== 2/4  Training with sinusoidal positions, on the same text with the same tokenizer"
 train sinusoidal_gpt "$out/sinusoidal" 3e-3 --tokenizer_name "$out/alibi"
 
-echo "== 3/4  Perplexity at 256 to 4,096 tokens, on files that neither has seen"
+echo "== 3/4  Perplexity at 256 to 4,096 tokens, on files that neither model has seen"
 hf_alibi evaluate --model_name_or_path "$out/alibi" "$out/sinusoidal" --labels ALiBi sinusoidal \
     --lengths 256 512 1024 2048 4096 --max_tokens 65536 --output_prefix "$out/extrapolation"
 

@@ -1,4 +1,4 @@
-# Sourced by the other shell scripts: makes the virtual environment .venv with the tested versions and activates it.
+# The other shell scripts source this. It creates the virtual environment .venv with the tested versions and activates it.
 # Usage: source scripts/environment.sh EXTRA, where EXTRA is one of the extras in pyproject.toml.
 
 if ! "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then

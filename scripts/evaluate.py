@@ -1,9 +1,9 @@
-"""The same as `hf_alibi evaluate`; see there: `python scripts/evaluate.py --help`."""
+"""Does the same as `hf_alibi evaluate`."""
 
 import sys
 
 if __name__ == "__main__":
-    # Without this folder on the path, `import evaluate` finds the library and not this file.
+    # Removes this folder from the import path. Otherwise `import evaluate` would import this file, not the library.
     sys.path.pop(0)
 
 from hf_alibi.cli.evaluate import main

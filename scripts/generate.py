@@ -1,4 +1,4 @@
-"""The same as `hf_alibi generate`; see there: `python scripts/generate.py --help`."""
+"""Does the same as `hf_alibi generate`."""
 
 from hf_alibi.cli.generate import main
 from hf_alibi.errors import run

@@ -1,4 +1,4 @@
-"""The same as `hf_alibi publish`; see there: `python scripts/publish.py --help`."""
+"""Does the same as `hf_alibi publish`."""
 
 from hf_alibi.cli.publish import main
 from hf_alibi.errors import run

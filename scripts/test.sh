@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Makes the environment, checks style and types, and runs the tests; arguments go to pytest (-m slow, -k name, ...).
+# Creates the environment, checks style and types, and runs the tests. Arguments go to pytest (-m slow, -k name, ...).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export OMP_WAIT_POLICY=passive  # threads that wait by spinning slow down whatever else the machine does
+# Otherwise waiting threads spin, and slow down everything else on the machine.
+export OMP_WAIT_POLICY=passive
 source scripts/environment.sh dev
 
 ruff check

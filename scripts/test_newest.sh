@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Runs the tests with the newest release of every dependency, in a new environment, and says what changed and what broke.
+# Runs the tests with the newest release of every dependency, in a new environment, and lists what changed and what failed.
 # PyTorch stays at the tested version unless TORCH=newest is set. Arguments go to pytest (-k name, tests/model, ...).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export OMP_WAIT_POLICY=passive  # threads that wait by spinning slow down whatever else the machine does
+# Otherwise waiting threads spin, and slow down everything else on the machine.
+export OMP_WAIT_POLICY=passive
 
 if ! "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     echo "error: Python 3.11 or later is needed; set PYTHON to its path" >&2
@@ -46,12 +47,12 @@ for name in sorted(tested.keys() | found.keys() - {"hf-alibi", "pip", "setuptool
 PYTHON
 
 echo "== Tests"
-# The installed package is the one of this checkout; PYTHONPATH lets programs that tests start find it here as well.
+# The package under test is this checkout. With PYTHONPATH, programs that tests start find it too.
 set +e
 PYTHONPATH="$PWD" "$python" -m pytest -q -p no:cacheprovider -rfE "$@" | tee "$folder/report.txt"
 status=${PIPESTATUS[0]}
 set -e
 
-echo "== What broke"
+echo "== What failed"
 grep -E '^(FAILED|ERROR) ' "$folder/report.txt" || echo "nothing"
 exit "$status"

@@ -1,4 +1,4 @@
-"""The same as `hf_alibi train`; see there: `python scripts/train.py --help`."""
+"""Does the same as `hf_alibi train`."""
 
 from hf_alibi.cli.train import main
 from hf_alibi.errors import run

@@ -1,4 +1,4 @@
-"""A pickle that shows whether somebody has unpickled it."""
+"""A pickle that shows whether it has been unpickled."""
 
 import os
 import pickle
@@ -17,5 +17,5 @@ class Bomb:
 
 
 def write_bomb(path: Path, crater: Path) -> None:
-    """Write a pickle to `path` that makes the folder `crater`."""
+    """Writes a pickle to `path` that makes the folder `crater`."""
     path.write_bytes(pickle.dumps(Bomb(crater)))

@@ -1,6 +1,7 @@
 """Models small enough for tests, with weights large enough that attention matters."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 
 from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM
 
-torch.set_num_threads(1)  # tests are many tiny operations, which more threads only slow down
+# Tests are many tiny operations, which several threads only slow down.
+torch.set_num_threads(1)
 
 ModelFactory = Callable[..., AlibiGPTForCausalLM]
 
@@ -21,10 +23,10 @@ def checkpoint_activations(model: AlibiGPTForCausalLM, use_reentrant: bool = Fal
 
 @pytest.fixture
 def make_model() -> ModelFactory:
-    """A factory of models of two layers in evaluation mode; keyword arguments go to the config.
+    """Returns a factory of models with two layers in evaluation mode. Keyword arguments go to the config.
 
-    Freshly initialised weights hardly attend, and a model that ignores its bias would pass most tests;
-    these are ten times larger.
+    With weights of the usual initial size, attention hardly matters, and a model that ignores its bias would pass most
+    tests. So the weights are ten times larger.
     """
 
     def make(**kwargs: Any) -> AlibiGPTForCausalLM:
@@ -34,3 +36,20 @@ def make_model() -> ModelFactory:
         return model.eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of an untrained AlibiGPT. Tests must not change it."""
+    # Tests of the model alone need no data packages.
+    from tiny import save_checkpoint
+
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
+
+
+@pytest.fixture
+def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes `datasets` cache in the folder of the test."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))

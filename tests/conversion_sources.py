@@ -1,4 +1,4 @@
-"""Checkpoints with random weights in the formats of the models that can be converted: their keys, their names."""
+"""Checkpoints with random weights in the formats of the models that can be converted."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ VOCAB = 97
 
 
 def random_weights(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, std: float = 0.2) -> dict[str, Tensor]:
-    """Weights so large that attention matters; those of norms around 1."""
+    """Returns weights that are large enough for attention to matter. Those of norms are close to 1."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, shape in shapes.items():
@@ -26,7 +26,7 @@ def random_weights(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, std: 
 
 
 def save(folder: Path, config: dict[str, Any], weights: dict[str, Tensor], shard_size: int | str = "20KB") -> Path:
-    """Saves them as `save_pretrained` does, in several files."""
+    """Saves config and weights as `save_pretrained` does, in several files."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     plan = split_torch_state_dict_into_shards(weights, max_shard_size=shard_size)
@@ -41,7 +41,7 @@ def save(folder: Path, config: dict[str, Any], weights: dict[str, Tensor], shard
 def of_transformers(
     folder: Path, config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16, shard_size: str = "20KB"
 ) -> Path:
-    """A checkpoint of one of Transformers' classes."""
+    """Saves a model of one of Transformers' classes."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
@@ -67,7 +67,7 @@ def falcon(folder: Path, heads: int = 6, dtype: torch.dtype = torch.bfloat16, **
 
 
 def llm_foundry(folder: Path, heads: int = 6, dtype: torch.dtype = torch.bfloat16, **fields: Any) -> Path:
-    """An MPT with the config that llm-foundry writes; `attn_config` and `ffn_config` are merged into it."""
+    """Saves an MPT with the config of llm-foundry. `attn_config` and `ffn_config` are merged into its own."""
     attn = {
         "attn_type": "multihead_attention", "attn_pdrop": 0.0, "attn_impl": "flash", "qk_ln": False, "qk_gn": False,
         "fused_qkv": True, "clip_qkv": None, "softmax_scale": None, "attn_uses_sequence_id": False,
@@ -113,7 +113,7 @@ def _ups(ffn: dict[str, Any]) -> list[str]:
 
 
 def baichuan(folder: Path, heads: int = 40, dtype: torch.dtype = torch.bfloat16, vocab: int = 64000) -> Path:
-    """Baichuan-13B, or with 125,696 words Baichuan2-13B."""
+    """Saves a Baichuan-13B, or with a vocabulary of 125,696 a Baichuan2-13B."""
     width, inner = 2 * heads, 5 * heads
     config = {
         "architectures": ["BaichuanForCausalLM"], "model_type": "baichuan", "bos_token_id": 1, "eos_token_id": 2,
@@ -142,7 +142,7 @@ def baichuan(folder: Path, heads: int = 40, dtype: torch.dtype = torch.bfloat16,
 
 
 def jais(folder: Path, heads: int = 6, dtype: torch.dtype = torch.bfloat16, kind: str = "jais", **fields: Any) -> Path:
-    """JAIS, or BTLM, which has the same names."""
+    """Saves a JAIS, or a BTLM, which has the same names."""
     width = 8 * heads
     inner = fields.get("n_inner", 5 * heads)
     config = {
@@ -156,7 +156,7 @@ def jais(folder: Path, heads: int = 6, dtype: torch.dtype = torch.bfloat16, kind
         "auto_map": {"AutoConfig": f"configuration_{kind}.{kind.upper()}Config"}, "alibi_scaling": None,
     } | fields  # fmt: skip
     config = {name: value for name, value in config.items() if value != "absent"}
-    # Embeddings are small there, as their multiplier makes up for it.
+    # Embeddings are small, because their multiplier is large.
     shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (VOCAB, width)}
     linears = {}
     for block in (f"h.{layer}" for layer in range(2)):

@@ -1,11 +1,11 @@
-"""What the Hub of the tests keeps: repositories of commits of files, and how it refuses what is not there."""
+"""The contents of the tests' Hub: repositories with commits of files, and the errors for what is missing."""
 
 import hashlib
 from dataclasses import dataclass, field
 
 
 class Refusal(Exception):
-    """An answer with an error status; `code` is what the client recognises an error by."""
+    """An answer with an error status. The client recognises the error by its `code`."""
 
     def __init__(self, status: int, message: str, code: str | None = None) -> None:
         super().__init__(message)
@@ -15,14 +15,14 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class File:
-    """A file of a commit, identified as Git or Git LFS does."""
+    """A file in a commit, with an id as in Git or Git LFS."""
 
     content: bytes
     is_lfs: bool
 
     @property
     def oid(self) -> str:
-        """SHA-256 of the content, or SHA-1 of the Git blob."""
+        """The SHA-256 of the content, or the SHA-1 of the Git blob."""
         if self.is_lfs:
             return hashlib.sha256(self.content).hexdigest()
         return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
@@ -30,21 +30,21 @@ class File:
 
 @dataclass
 class Repository:
-    """The commits of a repository, each a mapping from paths to files, and the names that point at them."""
+    """The commits of a repository, each a mapping from paths to files, and the references to them."""
 
     private: bool
     commits: dict[str, dict[str, File]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
 
     def commit(self, ref: str, files: dict[str, File]) -> str:
-        """Let `ref` point at a new commit of `files`; returns its name."""
+        """Makes `ref` point at a new commit of `files`, and returns the commit's name."""
         oid = hashlib.sha1(f"{len(self.commits)} {sorted(files)}".encode()).hexdigest()
         self.commits[oid] = files
         self.refs[ref] = oid
         return oid
 
     def resolve(self, revision: str) -> str:
-        """The name of the commit that a branch, pull request or commit names."""
+        """Returns the commit of a branch, pull request or commit name."""
         oid = self.refs.get(revision, revision)
         if oid not in self.commits:
             raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")

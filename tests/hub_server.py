@@ -1,13 +1,13 @@
-"""A small Hub on the loopback address: the part of its HTTP API with which `huggingface_hub` writes and reads models.
+"""A small Hub on the loopback address, with the part of the HTTP API that `huggingface_hub` uses for models.
 
     with HubServer() as hub:
         hub.connect(tmp_path / "home", monkeypatch)
         HfApi().create_repo("tester/model")
 
-A repository is a list of commits, and a commit maps every path to the content of its file, so that one request either
-makes a commit or leaves the repository as it was. As on the real Hub, weights are uploaded to a store of their own
-(Git LFS) before the commit that names them, and a store keeps what it has got: whoever tries again sends only the
-rest. `drop` makes the network fail. A request that is not understood is answered with 404 and kept in `unknown`.
+A repository is a list of commits, and a commit maps every path to the content of its file. So a request either makes a
+commit or leaves the repository unchanged. As on the real Hub, weights are uploaded to a separate store (Git LFS)
+before the commit that names them. The store keeps what has arrived, so a second attempt sends only the rest. `drop`
+makes the network fail. Unknown requests are answered with 404 and recorded in `unknown`.
 """
 
 import base64
@@ -32,9 +32,12 @@ WRITE_TOKEN = "hf_write"
 READ_TOKEN = "hf_read"
 LFS_SUFFIXES = (".safetensors", ".bin", ".png")
 
+# `huggingface_hub` passes files to its HTTP library in a way that newer versions of that library deprecate.
+IGNORE_UPLOAD_WARNING = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+
 
 class HubServer(ThreadingHTTPServer):
-    """The server, running in a thread of its own between `__enter__` and `__exit__`.
+    """The server. It runs in a thread between `__enter__` and `__exit__`.
 
     Attributes:
         url: The endpoint for the client.
@@ -42,7 +45,7 @@ class HubServer(ThreadingHTTPServer):
         lfs: The store of large files by their SHA-256.
         uploads: SHA-256 of the large files in the order of their arrival.
         requests: Method and path of every request.
-        unknown: Those that the server does not understand.
+        unknown: Requests that the server does not understand.
     """
 
     daemon_threads = True
@@ -67,23 +70,24 @@ class HubServer(ThreadingHTTPServer):
         super().__exit__(*args)
 
     def drop(self, path_part: str, times: int = 1) -> None:
-        """Close the connection in the middle of the next `times` requests with this in their path."""
+        """Closes the connection during the next `times` requests whose path contains `path_part`."""
         self.drops.extend([path_part] * times)
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        """The content of every file of a repository."""
+        """Returns the content of every file in a repository."""
         repository = self.repositories[repo_id]
         return {path: file.content for path, file in repository.commits[repository.resolve(revision)].items()}
 
     def connect(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Let this process and those it starts take this server for the Hub, and the folder `home` for its cache."""
-        # The client has read these from the environment when it was imported, and Transformers keeps a client.
+        """Makes this process and those it starts use this server as the Hub, and the folder `home` as its cache."""
+        # The client read these from the environment when it was imported, and Transformers keeps a client.
         monkeypatch.setattr(constants, "ENDPOINT", self.url)
         template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # Xet goes past the Hub to a storage of its own
+        # Xet would bypass this server, for another storage.
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
         monkeypatch.setenv("HF_ENDPOINT", self.url)
         monkeypatch.setenv("HF_HOME", str(home))
@@ -99,10 +103,10 @@ class Handler(BaseHTTPRequestHandler):
     routes: ClassVar[list[tuple[str, str, Callable[..., None]]]] = []
 
     def log_message(self, format: str, *args: object) -> None:
-        """Keep quiet."""
+        """Logs nothing."""
 
     def answer(self) -> None:
-        """Answer any request; this is what the base class calls."""
+        """Answers any request. The base class calls it."""
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
         size = int(self.headers.get("Content-Length", 0))
@@ -129,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = answer
 
     def send(self, content: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        """Send the answer; of one to HEAD only the headers."""
+        """Sends the answer. HEAD gets only the headers."""
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(content))} | (headers or {})).items():
             self.send_header(name, value)
@@ -138,22 +142,22 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def send_json(self, value: object, status: int = 200) -> None:
-        """Send `value` as JSON."""
+        """Sends `value` as JSON."""
         self.send(json.dumps(value).encode(), status, {"Content-Type": "application/json"})
 
     def json(self) -> Any:
-        """The JSON that the client sent."""
+        """Returns the JSON that the client sent."""
         return json.loads(self.body)
 
     def token(self) -> str | None:
-        """The client's token, or None; refuses one that nobody has."""
+        """Returns the client's token, or None. Refuses tokens that do not exist."""
         token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
         if token not in (None, READ_TOKEN, WRITE_TOKEN):
             raise Refusal(401, "Invalid credentials in Authorization header")
         return token
 
     def require_writer(self, namespace: str) -> None:
-        """Refuse whoever may not write to repositories of `namespace`."""
+        """Refuses clients that may not write to repositories of `namespace`."""
         token = self.token()
         if token is None:
             raise Refusal(401, "Invalid username or password.")
@@ -161,11 +165,11 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(403, f"You don't have the rights to write in the namespace {namespace}")
 
     def repository(self, repo_id: str, *, write: bool = False) -> Repository:
-        """The repository, where the token allows it; what one may not see does not exist."""
+        """Returns the repository. One that the token may not see does not exist."""
         token = self.token()
         repository = self.server.repositories.get(repo_id)
         if repository is None or (repository.private and token is None):
-            # The real one leaves out the code if there is no token; then the client goes by its https address.
+            # The real Hub sends no code without a token. Then the client recognises the error by the https address.
             raise Refusal(404 if token else 401, "Repository not found", "RepoNotFound")
         if write:
             self.require_writer(repo_id.split("/")[0])
@@ -173,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def route(method: str, pattern: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Let the decorated function answer requests whose path is `pattern`; {name} is a part of it."""
+    """Makes the decorated function answer requests whose path matches `pattern`. {name} is a part of the path."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         parts = {"{repo}": "(?P<repo>[^/]+/[^/]+)", "{revision}": "(?P<revision>[^/]+)", "{path}": "(?P<path>.+)"}
@@ -200,7 +204,7 @@ def create_repo(request: Handler) -> None:
 
 @route("POST", "/api/validate-yaml")
 def validate_yaml(request: Handler) -> None:
-    """The Hub's own check is not published; this is what the client's parser says, and a look at the licence."""
+    """Checks metadata with the client's parser, and the licence. The Hub's own check is not published."""
     try:
         data = ModelCard(request.json()["content"]).data
         if not re.fullmatch(r"[a-z0-9.-]+", data.license or "unknown"):

@@ -15,24 +15,24 @@ def layout_of(
     position_ids: Tensor | None = None,
     device: str = "cpu",
 ) -> TokenLayout:
-    """The layout of a forward pass without a cache, with slopes in float32."""
+    """Returns the layout of a forward pass without a cache, with slopes in float32."""
     slopes = torch.tensor(alibi_slopes(heads), device=device)
     return token_layout(slopes, torch.empty(batch, queries, 1, device=device), mask, position_ids, None)
 
 
 def end_of_cache(heads: int, queries: int, keys: int, device: str = "cpu") -> TokenLayout:
-    """The layout of the last queries of a text whose other tokens are in a cache."""
+    """Returns the layout of the last queries of a text whose other tokens are in a cache."""
     positions = torch.arange(keys, device=device)[None]
     slopes = torch.tensor(alibi_slopes(heads), device=device)
     return TokenLayout(slopes, positions[:, -queries:], positions, Shared(), length=keys)
 
 
 def documents(sizes: list[list[int]]) -> Tensor:
-    """`position_ids` `[batch, tokens]` of rows of documents."""
+    """Returns the `position_ids` of rows of documents, `[batch, tokens]`."""
     return torch.stack([torch.cat([torch.arange(size) for size in row]) for row in sizes])
 
 
 def same_document(position_ids: Tensor) -> Tensor:
-    """`[batch, tokens, tokens]`, whether two tokens belong to the same document."""
+    """Returns whether two tokens belong to the same document, `[batch, tokens, tokens]`."""
     document = (position_ids == 0).cumsum(1)
     return document[:, :, None] == document[:, None, :]

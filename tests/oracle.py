@@ -1,8 +1,8 @@
-"""ALiBi attention, and a language model with it, from the paper's formula, with loops where loops are plainest.
+"""ALiBi attention, and a language model with it, from the paper's formula, with loops where that is simplest.
 
-Nothing here comes from the package, so that a test against it is a test against the paper. `attention` computes in
-float64. `language_model` computes in the dtype of its weights: float64 gives the truth, any other dtype gives the
-error that a plain implementation makes in that dtype.
+Nothing here comes from the package, so a test against it is a test against the paper. `attention` computes in float64.
+`language_model` computes in the dtype of its weights: float64 gives the exact result, and any other dtype shows the
+error of a plain implementation in that dtype.
 """
 
 import math
@@ -20,7 +20,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def paper_slopes(num_heads: int, max_bias: float = 8.0) -> list[float]:
-    """The slopes of section 3, and footnote's rule for a number of heads that is no power of two."""
+    """Returns the slopes of section 3, with the footnote's rule if the number of heads is no power of two."""
     if math.log2(num_heads).is_integer():
         ratio = 2.0 ** (-max_bias / num_heads)
         return [ratio ** (head + 1) for head in range(num_heads)]
@@ -31,7 +31,7 @@ def paper_slopes(num_heads: int, max_bias: float = 8.0) -> list[float]:
 def attention(
     query: Tensor, key: Tensor, value: Tensor, slopes: list[float], scaling: float, visible: Tensor | None = None
 ) -> Tensor:
-    """softmax(q k^T scaling - m (i - j)) v over the keys j <= i, in float64.
+    """Computes softmax(q k^T scaling - m (i - j)) v over the keys j <= i, in float64.
 
     Args:
         query: `[batch, heads, queries, head_dim]`; the queries are the last of the keys.
@@ -48,7 +48,8 @@ def attention(
     num_keys = key.shape[2]
     key, value = (states.repeat_interleave(heads // states.shape[1], 1).double() for states in (key, value))
     outputs = []
-    for start in range(0, num_queries, 512):  # blocks of rows, for the memory's sake
+    # Blocks of rows bound the memory.
+    for start in range(0, num_queries, 512):
         rows = torch.arange(start, min(start + 512, num_queries))
         i, j = (rows + num_keys - num_queries)[:, None], torch.arange(num_keys)[None]
         bias = torch.stack([-slope * (i - j).double() for slope in slopes])
@@ -78,7 +79,7 @@ class Text(NamedTuple):
 
 
 def language_model(weights: Mapping[str, Tensor], config: Any, text: Text, tolerance: float = 0.0) -> Tensor:
-    """The logits of an AlibiGPT for one text.
+    """Computes the logits of an AlibiGPT for one text.
 
     Args:
         weights: By their names in the model; a tied output layer has none of its own.
@@ -129,7 +130,8 @@ def _self_attention(
     visible = torch.ones(1, length, length, dtype=torch.bool).tril() if text.visible is None else text.visible
     if tolerance:
         longest = query.detach().norm(dim=-1).amax(0) * key.detach().norm(dim=-1).amax(0)
-        bound = longest * config.head_dim**-0.5  # the most that a score can be, [heads]
+        # The largest possible score, [heads].
+        bound = longest * config.head_dim**-0.5
         divided = slopes.detach()[:, None] / text.slope_divisors  # [heads, queries]
         window = torch.ceil((2 * bound[:, None] - math.log(tolerance)) / divided)
         visible = visible & (distance <= window[:, :, None])

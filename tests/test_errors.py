@@ -1,4 +1,4 @@
-"""How a script reports a user's mistake, and leaves defects of the program alone."""
+"""A command reports a user's mistake in one line, and bugs with their traceback."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The rooms of the package: which may import which, what `import hf_alibi` costs, and what the wheel holds."""
+"""The folders of the package: which may import which, what `import hf_alibi` costs, and what the wheel holds."""
 
 import ast
 import os
@@ -14,13 +14,13 @@ from hf_alibi.__main__ import COMMANDS, usage
 
 PACKAGE = Path(hf_alibi.__file__).parent
 ROOT = PACKAGE.parent
-# Each room may import itself and those to its left.
+# Each folder may import itself and those to its left.
 ORDER = ["model", "positions", "evaluation", "hub", "conversion", "training", "serving", "benchmark", "cli"]
 OPTIONAL = {"accelerate", "datasets", "evaluate", "fastapi", "matplotlib", "peft", "tensorboard", "trl", "uvicorn"}
 
 
 def imported_rooms(file: Path) -> set[str]:
-    """Rooms that a file imports, also inside its functions."""
+    """Returns the folders that a file imports from, also inside its functions."""
     rooms = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level == 2:
@@ -45,13 +45,13 @@ def test_the_model_is_flat() -> None:
     for file in (PACKAGE / "model").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.level:
-                # The loader of remote code follows `from .file import name` and nothing else.
+                # The loader of remote code only follows `from .file import name`.
                 assert node.level == 1, file
                 assert node.module in {path.stem for path in (PACKAGE / "model").glob("*.py")}, file
 
 
 def test_importing_the_package_imports_no_optional_one() -> None:
-    # Transformers' own models import what they find, accelerate for one.
+    # Transformers' own models import optional packages that are installed, such as accelerate.
     program = """
 import sys
 from transformers import GPT2LMHeadModel

@@ -1,4 +1,4 @@
-"""A tokenizer and checkpoints small enough for tests of what loads, evaluates and continues text."""
+"""A tokenizer and checkpoints that are small enough for tests."""
 
 from functools import cache
 from pathlib import Path
@@ -15,12 +15,12 @@ VOCAB_SIZE = 290
 
 @cache
 def tiny_tokenizer() -> PreTrainedTokenizerBase:
-    """A byte-level tokenizer of `VOCAB_SIZE` entries."""
+    """Returns a byte-level tokenizer with `VOCAB_SIZE` entries."""
     return train_tokenizer(["the quick brown fox jumps over the lazy dog\n" * 50], VOCAB_SIZE)
 
 
 def save_checkpoint(folder: Path, config: PreTrainedConfig | None = None) -> Path:
-    """Save a new model, an AlibiGPT if there is no `config`, and the tokenizer in `folder`, which is returned."""
+    """Saves a new model (an AlibiGPT without `config`) and the tokenizer in `folder`, and returns it."""
     torch.manual_seed(0)
     if config is None:
         config = AlibiGPTConfig(
@@ -29,7 +29,8 @@ def save_checkpoint(folder: Path, config: PreTrainedConfig | None = None) -> Pat
             num_hidden_layers=2,
             num_attention_heads=4,
             training_length=32,
-            initializer_range=0.3,  # weights so large that the context matters
+            # Large enough for the context to matter.
+            initializer_range=0.3,
             bos_token_id=tiny_tokenizer().bos_token_id,
             eos_token_id=tiny_tokenizer().eos_token_id,
         )

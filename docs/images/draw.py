@@ -16,7 +16,7 @@ HEADS = 8
 
 
 def draw_bias() -> None:
-    """The bias of a steep and of a flat head, and the weights that it leaves where all scores are equal."""
+    """Draws the bias of a steep and of a flat head, and the attention weights of all heads at equal scores."""
     slopes = torch.tensor(alibi_slopes(HEADS))
     positions = torch.arange(32)[None]
     bias = alibi_bias(slopes, positions, positions)[0]
@@ -35,7 +35,7 @@ def draw_bias() -> None:
 
 
 def draw_windows() -> None:
-    """The window of each head, and the share of causal attention that the windows of all heads leave."""
+    """Draws the window of each head, and the share of causal attention that remains within all windows."""
     config = AlibiGPTConfig(num_attention_heads=HEADS, hidden_size=HEADS * 64)
     windows = torch.tensor(config.window_guarantee().windows)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")

@@ -1,17 +1,17 @@
-"""Time and memory of several implementations of the same thing, measured side by side and reported.
+"""Measures time and memory of several implementations of the same computation, side by side, and reports them.
 
 An implementation is given as a `Prepare`: a function that makes the inputs and returns the call to measure. `compare`
-takes one for each implementation and returns a record for each, a flat dictionary:
+takes one for each implementation, and returns a record (a flat dictionary) for each:
 
-- Time: the implementations take turns within each round, so that a noisy machine disturbs all alike. Times are
-  medians over the rounds, ratios medians of the ratios within a round.
-- Memory: the most that a call holds at a time beyond what it found. On the CPU each implementation is called once in
-  a fresh process, of which the kernel knows the peak exactly, and which gives back at once what is freed: what
-  `malloc` would keep is a matter of chance. What any first call loads makes a floor of a few MiB, and where it
-  compiles something, that counts too. On a GPU it is what PyTorch's allocator counted.
-- An implementation that needs too much memory, or fails, gets its reason into the record and no figures.
+- Time: the implementations take turns within each round, so that noise of the machine affects all alike. Times are
+  medians over the rounds. Ratios are medians of the ratios within a round.
+- Memory: the most that a call holds at a time beyond what was held before. On the CPU each implementation is called
+  once in a fresh process, whose exact peak the kernel reports. This process returns freed memory at once, because how
+  much `malloc` keeps is random. Whatever a first call loads adds a few MiB to each figure, and so does compiling. On a
+  GPU the figure is that of PyTorch's allocator.
+- An implementation that needs too much memory, or fails, has the reason in its record, and no figures.
 
-It needs Linux, for `/proc` and for the limit of memory.
+This needs Linux, for `/proc` and for the memory limit.
 """
 
 import ctypes
@@ -47,19 +47,22 @@ if TYPE_CHECKING:
 Prepare = Callable[[], Callable[[], object]]
 Record = dict[str, Any]
 
-# The keys of records. `compare` fills in those of the second paragraph.
+# The keys of records. `compare` fills in those of the second block.
 TASK, DTYPE, LENGTH, PARAMETERS = "task", "dtype", "length", "parameters"
 TOKENS_PER_SECOND, CACHE_MIB, PREFILL_SECONDS = "tokens_per_second", "cache_mib", "prefill_seconds"
 MAX_ERROR, MAX_DIFFERENCE, RELATIVE_DIFFERENCE = "max_error", "max_difference", "relative_difference"
 
 IMPLEMENTATION = "implementation"
-MILLISECONDS = "milliseconds"  # of a call, the median
-RATIO = "ratio"  # of times, to the yardstick's
+# The median time of a call.
+MILLISECONDS = "milliseconds"
+# The time over that of the yardstick.
+RATIO = "ratio"
 BY_ROUND = "milliseconds_by_round"
 PEAK_MIB = "peak_mib"
-REASON = "reason"  # why there are no figures
+# Why there are no figures.
+REASON = "reason"
 
-# Heading and format of what the tables show.
+# Heading and format of each column in the tables.
 COLUMNS = {
     TASK: ("task", ""),
     DTYPE: ("dtype", ""),
@@ -78,22 +81,26 @@ COLUMNS = {
 }
 
 MIB, GIB = 2**20, 2**30
-M_MMAP_THRESHOLD = -3  # of glibc's mallopt: blocks from so many bytes on are given back as soon as they are freed
-WARM_UP_CALLS = 2  # the first may load and compile, the second tells how long a call takes
-LONG_CALL = 5.0  # seconds
-SECONDS_A_TURN = 0.1  # shorter calls are repeated within a turn until it takes about that long
-# What failing allocations, kernels and missing packages raise; a process that dies of a call is a RuntimeError too.
+# A parameter of glibc's mallopt: blocks of at least that many bytes are returned to the system when they are freed.
+M_MMAP_THRESHOLD = -3
+# The first call may load and compile. The second shows how long a call takes.
+WARM_UP_CALLS = 2
+# Seconds. After a call this long, no second one is needed.
+LONG_CALL = 5.0
+# Shorter calls are repeated until a turn takes about that long.
+SECONDS_A_TURN = 0.1
+# What failing allocations, failing kernels and missing packages raise. A process that dies is a RuntimeError too.
 FAILURES = (RuntimeError, ValueError, MemoryError, ImportError)
 
 
 def machine_memory_gib() -> float:
-    """All the memory that this machine has, in GiB."""
+    """Returns the memory of this machine, in GiB."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
 
 
 @dataclass
 class MeasuringArguments:
-    """Command-line arguments that say how to measure, and where the results go."""
+    """Command-line arguments for how to measure, and where to write the results."""
 
     rounds: int = field(default=5, metadata={"help": "Rounds, in each of which every implementation has its turn."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads; if omitted, PyTorch's choice."})
@@ -118,20 +125,20 @@ def compare(
     repeats: int | None = None,
     in_memory: Mapping[str, Prepare] | None = None,
 ) -> dict[str, Record]:
-    """Measure every implementation.
+    """Measures every implementation.
 
     Args:
-        implementations: By name; picklable, as each is also prepared in a process of its own.
-        yardstick: The name of the one that ratios are relative to; where it has no time, there are no ratios.
+        implementations: By name. They must be picklable, because each is also prepared in a separate process.
+        yardstick: The name of the implementation that ratios are relative to. If it has no time, there are no ratios.
         how: Rounds, device and memory.
-        label: What is compared, for the progress bar.
-        skip: Implementations to leave out, by name, and why.
-        repeats: Calls in a turn; if omitted, as many as `SECONDS_A_TURN` asks for.
-        in_memory: What memory is measured of, by name, if that is something else than the call that is timed.
+        label: Describes the comparison in the progress bar.
+        skip: The reason to leave an implementation out, by name.
+        repeats: Calls in a turn; None for as many as `SECONDS_A_TURN` asks for.
+        in_memory: Implementations whose memory is measured, by name, if they differ from the timed ones.
 
     Returns:
-        A record for each implementation, by name, with the keys from `IMPLEMENTATION` to `REASON`;
-        `None` stands for what was not measured.
+        A record for each implementation, by name, with the keys from `IMPLEMENTATION` to `REASON`. What was not
+        measured is `None`.
     """
     keys = (MILLISECONDS, RATIO, BY_ROUND, PEAK_MIB)
     skip = skip or {}
@@ -139,7 +146,8 @@ def compare(
     names = [name for name in implementations if name not in skip]
     times: dict[str, list[float]] = {}
     with tqdm(total=len(names) * (how.measure_memory + 1 + how.rounds), desc=label, leave=False) as progress:
-        if how.measure_memory:  # first of all: what fails in its own process is not tried in this one
+        if how.measure_memory:
+            # This comes first, so that what fails in a separate process is not tried in this one.
             for name in names:
                 with noted_failure(records[name]):
                     records[name][PEAK_MIB] = peak_mib((in_memory or implementations)[name], how)
@@ -161,12 +169,13 @@ def compare(
             ratios = (mine / its for mine, its in zip(milliseconds, times[yardstick], strict=True))
             records[name][RATIO] = median(ratios)
     found = (f"{name} {median(milliseconds):,.2f} ms" for name, milliseconds in times.items())
-    tqdm.write(f"{label}: {', '.join(found)}", file=sys.stderr)  # the table comes at the very end
+    # The table is printed only at the end of all measurements.
+    tqdm.write(f"{label}: {', '.join(found)}", file=sys.stderr)
     return records
 
 
 def warmed_up(call: Callable[[], object], how: MeasuringArguments, repeats: int | None) -> Callable[[], float]:
-    """Call until it is warm; return what takes one turn and returns the seconds of a call."""
+    """Warms `call` up, and returns a function that takes one turn and returns the seconds per call."""
 
     def turn(calls: int) -> float:
         synchronize(how.device)
@@ -179,19 +188,20 @@ def warmed_up(call: Callable[[], object], how: MeasuringArguments, repeats: int 
     for _ in range(WARM_UP_CALLS):
         seconds = turn(1)
         if seconds > LONG_CALL:
-            break  # it is warm from its own beginning
+            # Its warm-up is a small part of the call.
+            break
     calls_a_turn = repeats or math.ceil(SECONDS_A_TURN / seconds)
     return lambda: turn(calls_a_turn)
 
 
 def synchronize(device: str) -> None:
-    """Wait for what a GPU has still to do."""
+    """Waits until a GPU has finished its work."""
     if device != "cpu":
         torch.cuda.synchronize(device)
 
 
 def peak_mib(prepare: Prepare, how: MeasuringArguments) -> float:
-    """The most memory in MiB that the call holds at a time, beyond what it found."""
+    """Returns the most memory in MiB that the call holds at a time, beyond what was held before."""
     if how.device == "cpu":
         context = get_context("forkserver")
         context.set_forkserver_preload(["hf_alibi.benchmark.subjects"])
@@ -199,7 +209,8 @@ def peak_mib(prepare: Prepare, how: MeasuringArguments) -> float:
             return process.submit(_peak_resident_mib, prepare, how, torch.get_num_threads()).result()
     call = prepare()
     before = torch.cuda.memory_allocated(how.device)
-    call()  # the first call may compile, which is not what a call needs
+    # The first call may compile, and the memory for that is not counted.
+    call()
     torch.cuda.reset_peak_memory_stats(how.device)
     call()
     return (torch.cuda.max_memory_allocated(how.device) - before) / MIB
@@ -208,14 +219,18 @@ def peak_mib(prepare: Prepare, how: MeasuringArguments) -> float:
 def _peak_resident_mib(prepare: Prepare, how: MeasuringArguments, threads: int) -> float:
     torch.set_num_threads(threads)
     libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, 2**17)  # where it starts, and now stays
+    # This is the initial value. Setting it keeps malloc from raising it.
+    libc.mallopt(M_MMAP_THRESHOLD, 2**17)
     with limited_memory(how):
         call = prepare()
-        libc.malloc_trim(0)  # give back what preparing has freed: the call would take it unseen
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of preparing
+        # Returns what the preparation has freed. Otherwise the call could use it without being counted.
+        libc.malloc_trim(0)
+        # Resets the peak.
+        Path("/proc/self/clear_refs").write_text("5")
         before = _status_mib("VmRSS")
         call()
-    return _status_mib("VmHWM") - before  # getrusage's peak includes what the parent process held, even through exec
+    # The peak of getrusage includes the memory of the parent process, even after exec.
+    return _status_mib("VmHWM") - before
 
 
 def _status_mib(key: str) -> float:
@@ -225,7 +240,7 @@ def _status_mib(key: str) -> float:
 
 @contextmanager
 def limited_memory(how: MeasuringArguments) -> Iterator[None]:
-    """Let allocations on the CPU fail beyond `memory_gib`, before the kernel kills a process for them."""
+    """Makes allocations on the CPU beyond `memory_gib` fail, before the kernel kills a process because of them."""
     limits = resource.getrlimit(resource.RLIMIT_DATA)
     if how.device == "cpu":
         resource.setrlimit(resource.RLIMIT_DATA, (int(how.memory_gib * GIB), limits[1]))
@@ -237,7 +252,7 @@ def limited_memory(how: MeasuringArguments) -> Iterator[None]:
 
 @contextmanager
 def noted_failure(record: Record) -> Iterator[None]:
-    """If the block fails, go on, and put the reason into the record."""
+    """Catches a failure of the block, and writes its reason into the record."""
     try:
         yield
     except FAILURES as error:
@@ -245,7 +260,7 @@ def noted_failure(record: Record) -> Iterator[None]:
 
 
 def environment(device: str) -> Record:
-    """The hardware, the versions and the date of a measurement."""
+    """Returns the hardware, the versions and the date of a measurement."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     return {
@@ -263,7 +278,7 @@ def environment(device: str) -> Record:
 
 
 def table(records: Sequence[Record], columns: Sequence[str]) -> str:
-    """A line for each record, "-" for what was not measured, and the reasons below."""
+    """Returns a table with a line for each record, "-" for what was not measured, and the reasons below it."""
     formats = [COLUMNS[key] for key in columns]
     rows = [[heading for heading, _ in formats]]
     for record in records:
@@ -277,8 +292,9 @@ def table(records: Sequence[Record], columns: Sequence[str]) -> str:
 
 
 def plot(records: Sequence[Record], key: str, ylabel: str, path: Path) -> None:
-    """Draw `key` against length: a panel for each dtype and task, a line for each implementation."""
-    from matplotlib.figure import Figure  # only those who plot need it
+    """Draws `key` against length, with a panel for each dtype and task, and a line for each implementation."""
+    # Only plots need matplotlib.
+    from matplotlib.figure import Figure
 
     tasks, dtypes, names = (list(dict.fromkeys(r[k] for r in records)) for k in (TASK, DTYPE, IMPLEMENTATION))
     figure = Figure(figsize=(6.5 * len(tasks), 4.2 * len(dtypes)), dpi=140, layout="constrained")
@@ -300,17 +316,24 @@ def plot(records: Sequence[Record], key: str, ylabel: str, path: Path) -> None:
 
 
 def _label_lines(axes: "Axes", ends: list[tuple[float, int, str, str]]) -> None:
-    """Write names at the ends of lines `(value, length, name, colour)`, higher where one would stand on another."""
+    """Writes the names at the ends of the lines, and moves one up where it would overlap another.
+
+    Args:
+        axes: The panel.
+        ends: `(value, length, name, colour)` of each line.
+    """
     bottom, top = axes.get_ylim()
     axes.set_ylim(bottom, top)
-    last: dict[int, float] = {}  # the highest name so far at each length, as a fraction of the axis
+    # The highest name so far at each length, as a fraction of the axis.
+    last: dict[int, float] = {}
     for value, length, name, colour in sorted(ends):
         height = math.log(value / bottom) / math.log(top / bottom)
         last[length] = max(height, last.get(length, -1) + 0.06)
         axes.annotate(
             name,
             (length, last[length]),
-            xycoords=axes.get_xaxis_transform(),  # data coordinates across, a fraction of the axis up
+            # x is in data coordinates, y a fraction of the axis.
+            xycoords=axes.get_xaxis_transform(),
             xytext=(8, 0),
             textcoords="offset points",
             color=colour,

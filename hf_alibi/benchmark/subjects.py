@@ -1,11 +1,12 @@
-"""What the benchmark measures: attention calls, training steps, prefills and decoding, ours and the peers'.
+"""What the benchmark measures: attention calls, training steps, prefills and decoding, of our models and of peers.
 
-Each function returns the call to measure, after it has made inputs or a model. It finds its implementation by name,
-so that another process can do the same. Models are made of one `Shape` each, with random weights:
+Each function makes inputs or a model, and returns the call to measure. It finds its implementation by name, so that
+another process can do the same. All models of a comparison have the same `Shape` and random weights:
 
-- the feed-forward layers have as many parameters as those of ours; Llama's, with three matrices, are narrower;
-- GPT-2 has an embedding for each position, which the others have not;
-- every head is tied to the embedding, and there is no dropout.
+- Their feed-forward layers have the same number of parameters. Those of Llama have three matrices, so they are
+  narrower.
+- GPT-2 has an embedding for each position, which the others lack.
+- Every head is tied to the embedding, and there is no dropout.
 """
 
 import time
@@ -35,7 +36,8 @@ from ..model.layers import AlibiGPTAttention
 from ..model.layout import token_layout
 
 CAUSAL = "causal SDPA, no bias"
-# A mask that every layer shares; one that each makes; and Transformers' way, where each makes it of a shared bias.
+# A mask that all layers share; a mask that each layer makes; and Transformers' way, where each makes it from a shared
+# bias.
 WITH_MASK = DENSE, MADE, POSITION_BIAS = (
     "SDPA, stored ALiBi mask",
     "SDPA, ALiBi mask per call",
@@ -44,18 +46,21 @@ WITH_MASK = DENSE, MADE, POSITION_BIAS = (
 PEERS = LLAMA, GPT2, BLOOM, MPT = "Llama", "GPT-2", "BLOOM", "MPT"
 EAGER, WINDOWED = "ALiBi, eager", "ALiBi, sdpa, windows"
 OWN_CACHE, DYNAMIC_CACHE = "ALiBi, WindowedCache", "ALiBi, DynamicCache"
-DECODERS = {OWN_CACHE: WINDOWED, DYNAMIC_CACHE: WINDOWED} | {peer: peer for peer in PEERS}  # and their models
-# Names with a slash are repositories of kernels, names with a bar are for continuous batching.
+# Ways to decode, and the model of each.
+DECODERS = {OWN_CACHE: WINDOWED, DYNAMIC_CACHE: WINDOWED} | {peer: peer for peer in PEERS}
+# Names with a slash are repositories of kernels. Names with a bar are for continuous batching.
 BACKENDS = [backend for backend in ALL_BACKENDS if not {"/", "|"} & set(backend)]
-ROWS_AT_A_TIME = 64  # in float64, for the memory's sake
+# Rows of a float64 mask that are computed together. It bounds the memory.
+ROWS_AT_A_TIME = 64
 
 
 def our_implementations(backends: Iterable[str] = BACKENDS) -> dict[str, tuple[str, float]]:
-    """The names of ours, and what they mean: an attention backend, and the tolerance of its head windows."""
+    """Returns our implementations: attention backend and tolerance of the head windows, by name."""
     named = {}
     for backend in backends:
         named[f"ALiBi, {backend}"] = (backend, 0.0)
-        if backend in ("sdpa", "flex_attention"):  # the others look at every key
+        # The other backends attend to every key.
+        if backend in ("sdpa", "flex_attention"):
             named[f"ALiBi, {backend}, windows"] = (backend, float(AlibiGPTConfig().window_tolerance))
     return named
 
@@ -70,7 +75,7 @@ class Problem(NamedTuple):
     device: str
 
     def states(self, backward: bool) -> list[Tensor]:
-        """QK-normed queries and keys, and values, random, each `[1, heads, length, head_dim]`."""
+        """Returns random QK-normed queries and keys, and random values, each `[1, heads, length, head_dim]`."""
         generator = torch.Generator(self.device).manual_seed(self.length)
         shape = (3, 1, self.num_heads, self.length, self.head_dim)
         query, key, value = torch.randn(shape, generator=generator, device=self.device)
@@ -78,7 +83,7 @@ class Problem(NamedTuple):
         return [states.to(getattr(torch, self.dtype)).requires_grad_(backward) for states in (query, key, value)]
 
     def mask(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """Causality and relative bias of the queries at `rows`, stored: `[1, heads, rows, length]`."""
+        """Returns the causal mask with the relative bias for the queries at `rows`, `[1, heads, rows, length]`."""
         mask = torch.empty(1, self.num_heads, len(rows), self.length, dtype=dtype, device=self.device)
         for start in range(0, len(rows), ROWS_AT_A_TIME):
             some = slice(start, start + ROWS_AT_A_TIME)
@@ -86,14 +91,14 @@ class Problem(NamedTuple):
         return mask
 
     def mask_at_once(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """The same worked out in `dtype`, in as few operations as the formula has."""
+        """Returns the same mask, computed in `dtype` with as few operations as the formula has."""
         slopes = torch.tensor(alibi_slopes(self.num_heads), dtype=dtype, device=self.device)[:, None, None]
         offset = torch.arange(self.length, device=self.device) - rows[:, None]
         return (slopes * offset).masked_fill_(offset > 0, -torch.inf)[None]
 
 
 def attention_call(name: str, problem: Problem, backward: bool) -> Callable[[], Any]:
-    """Attention forward, which returns the output `[1, heads, length, head_dim]`, or forward and backward."""
+    """Returns an attention call: forward with the output `[1, heads, length, head_dim]`, or forward and backward."""
     states = problem.states(backward)
     forward = _forward(name, problem, *states)
     if not backward:
@@ -110,8 +115,8 @@ def _forward(name: str, problem: Problem, query: Tensor, key: Tensor, value: Ten
         make = partial(problem.mask_at_once, rows, torch.float32)
         return lambda: F.scaled_dot_product_attention(query, key, value, make().to(query.dtype))
     if name in WITH_MASK:
-        # The first call makes the bias, and it stays: it counts as memory and not as time. So does what our
-        # backends share between the layers of a model.
+        # The first call makes the bias, and later calls reuse it, so it counts as memory and not as time. The same
+        # holds for what our backends share between the layers of a model.
         stored = cache(partial(problem.mask, rows, query.dtype))
         if name == DENSE:
             return lambda: F.scaled_dot_product_attention(query, key, value, stored())
@@ -129,10 +134,10 @@ def _forward(name: str, problem: Problem, query: Tensor, key: Tensor, value: Ten
 
 @torch.no_grad()
 def max_errors(names: list[str], problem: Problem, max_rows: int) -> dict[str, float]:
-    """The largest difference from attention in float64, by name.
+    """Returns the largest difference from attention in float64, by name.
 
-    It is over all rows, or `max_rows` evenly spaced ones from the first to the last. `DENSE` attends a few rows at
-    a time, so that its error is known also where its mask could not be stored.
+    It is over all rows, or over `max_rows` evenly spaced ones from the first to the last. `DENSE` computes a few rows
+    at a time, so that its error is also known at lengths where its mask could not be stored.
     """
     length = problem.length
     rows = torch.linspace(0, length - 1, min(length, max_rows), dtype=torch.float64, device=problem.device).long()
@@ -167,12 +172,13 @@ class Shape(NamedTuple):
 
 @cache
 def build_model(name: str, shape: Shape) -> Any:
-    """The model of that name and shape: one of the `PEERS`, or one of ours with QK-norm."""
+    """Returns the model of that name and shape: one of the `PEERS`, or one of ours with QK-norm."""
     torch.manual_seed(0)
     dtype = getattr(torch, shape.dtype)
     if name in PEERS:
         model = AutoModelForCausalLM.from_config(_peer_config(name, shape), dtype=dtype)
-        model.loss_type = "ForCausalLM"  # which GPT-2's class name does not tell, so that it would warn
+        # Transformers cannot tell this from GPT-2's class name, and would warn.
+        model.loss_type = "ForCausalLM"
     else:
         backend, tolerance = our_implementations()[name]
         config = AlibiGPTConfig(
@@ -208,13 +214,13 @@ def _peer_config(name: str, shape: Shape) -> PreTrainedConfig:
 
 
 def random_tokens(shape: Shape, length: int) -> Tensor:
-    """A sequence `[1, length]`."""
+    """Returns random token ids, `[1, length]`."""
     generator = torch.Generator(shape.device).manual_seed(length)
     return torch.randint(shape.vocab_size, (1, length), generator=generator, device=shape.device)
 
 
 def training_step(name: str, shape: Shape, length: int) -> Callable[[], None]:
-    """The loss of one sequence and all gradients, without an update."""
+    """Returns a call that computes the loss of one sequence and all gradients, without an update."""
     model, input_ids = build_model(name, shape), random_tokens(shape, length)
 
     def step() -> None:
@@ -225,23 +231,23 @@ def training_step(name: str, shape: Shape, length: int) -> Callable[[], None]:
 
 
 def prefill(name: str, shape: Shape, length: int) -> Callable[[], Any]:
-    """The logits after one sequence, and its cache, in one forward pass."""
+    """Returns a call that computes the last logits of one sequence and its cache, in one forward pass."""
     model, input_ids = build_model(name, shape), random_tokens(shape, length)
     return torch.no_grad()(partial(model, input_ids=input_ids, logits_to_keep=1, use_cache=True))
 
 
 @torch.no_grad()
 def logits(name: str, shape: Shape, length: int) -> Tensor:
-    """The logits `[1, length, vocab_size]` of one of ours; they all have the same weights."""
+    """Returns the logits of one of our models, `[1, length, vocab_size]`. All of them have the same weights."""
     return build_model(name, shape)(input_ids=random_tokens(shape, length), use_cache=False).logits
 
 
 class Decoder:
-    """Decodes one token a call, greedily, after a prompt that it reads in chunks when it is made.
+    """Decodes one token per call, greedily. The constructor reads the prompt in chunks.
 
     Attributes:
-        cache: Keys and values of the prompt and of what has been decoded.
-        prefill_seconds: What reading the prompt took.
+        cache: Keys and values of the prompt and of the decoded tokens.
+        prefill_seconds: Time to read the prompt.
     """
 
     @torch.no_grad()
@@ -252,7 +258,8 @@ class Decoder:
         start = time.perf_counter()
         for chunk in random_tokens(shape, context).split(chunk_size, dim=1):
             self._read(chunk)
-        self.token.cpu()  # waits for the device
+        # Waits for the device.
+        self.token.cpu()
         self.prefill_seconds = time.perf_counter() - start
 
     @torch.no_grad()
@@ -265,7 +272,7 @@ class Decoder:
         self.token = outputs.logits.argmax(-1)
 
     def cache_mib(self) -> float:
-        """What the cache holds, in MiB: each tensor of its layers, in full where the cache has views of it."""
+        """Returns the size of the cache in MiB: that of all tensors in its layers, in full where it only has views."""
         holders = [holder for layer in self.cache.layers for holder in (layer, *getattr(layer, "rings", []))]
         tensors = [x for holder in holders for x in vars(holder).values() if isinstance(x, Tensor)]
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
@@ -273,6 +280,6 @@ class Decoder:
 
 
 def prompt_reading(name: str, shape: Shape, context: int, chunk_size: int) -> Callable[[], Decoder]:
-    """The prefill in chunks that makes a decoder."""
+    """Returns a call that reads the prompt in chunks, and so makes a decoder."""
     build_model(DECODERS[name], shape)
     return partial(Decoder, name, shape, context, chunk_size)

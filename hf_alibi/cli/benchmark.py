@@ -1,23 +1,27 @@
-"""Time, memory and exactness by length: our attention, our model and its generation beside their peers.
+"""Measures time, memory and exactness by length: our attention, model and generation beside those of peers.
 
     hf_alibi benchmark attention --lengths 512 2048 8192 --dtypes float32 bfloat16 --output_prefix runs/layer
     hf_alibi benchmark model --train_lengths 1024 4096 --prefill_lengths 4096 16384 --output_prefix runs/model
     hf_alibi benchmark generation --contexts 1024 16384 65536 --output_prefix runs/generation
 
-attention: PyTorch's causal attention without any bias (the yardstick), with a stored ALiBi mask and with one made in
-the call, Transformers' own with a stored `position_bias`, and our backends with and without head windows, on the same
-QK-normed input, forward and forward with backward. The error is the largest difference from float64.
+attention: PyTorch's causal attention without any bias (the yardstick), with a stored ALiBi mask, and with a mask made
+    in
+each call; Transformers' attention with a stored `position_bias`; and our backends with and without head windows. All
+have the same QK-normed input. Measured are forward, and forward with backward. The error is the largest difference
+from float64.
 
-model: training steps (forward and backward of one sequence) and prefills (last logits and the cache) of ours and of
-Transformers' Llama (the yardstick), GPT-2, BLOOM and MPT at the same size; and how far the logits of our backends
+model: training steps (forward and backward of one sequence) and prefills (last logits and the cache) of our model and
+    of
+Transformers' Llama (the yardstick), GPT-2, BLOOM and MPT at the same size. Also, how much the logits of our backends
 differ for the same weights.
 
-generation: a decoded token after a long prompt, what the cache takes, and the prefill in chunks; the models' own cost,
-without what `generate` adds.
+generation: the time of a decoded token after a long prompt, the size of the cache, and the prefill in chunks. This is
+    the
+cost of the models alone, without what `generate` adds.
 
-How time and memory are measured is told in hf_alibi/benchmark/measuring.py, what is measured in subjects.py.
-PREFIX.json gets every figure with hardware and versions, PREFIX.png a plot. "-" stands for what was not measured,
-with the reason below the table.
+hf_alibi/benchmark/measuring.py says how time and memory are measured, and subjects.py what is measured. PREFIX.json
+gets every figure with hardware and versions, PREFIX.png a plot. "-" means that something was not measured; the reason
+is below the table.
 """
 
 import json
@@ -58,10 +62,11 @@ from ..benchmark.measuring import (
 )
 from ..errors import UserError
 from ..hub.checkpoints import available_device
-from .options import OptionParser, check_output, in_range
+from .options import OptionParser, check_output, in_range, output_path
 
 DTYPES = ["float32", "bfloat16", "float16"]
-MEASURED = (IMPLEMENTATION, MILLISECONDS, RATIO, PEAK_MIB)  # what every table shows
+# Columns of every table.
+MEASURED = (IMPLEMENTATION, MILLISECONDS, RATIO, PEAK_MIB)
 
 
 @dataclass
@@ -100,7 +105,7 @@ class ShapeArguments(MeasuringArguments):
     )
 
     def shape(self, max_positions: int) -> subjects.Shape:
-        """The shape of models that can see `max_positions` tokens."""
+        """Returns the shape of models that can read `max_positions` tokens."""
         size = (self.hidden_size, self.num_layers, self.num_heads, self.vocab_size)
         return subjects.Shape(*size, max_positions, self.dtype, self.device)
 
@@ -135,17 +140,25 @@ class GenerationArguments(ShapeArguments):
 
 
 class Report(NamedTuple):
-    """What a sub-command found."""
+    """The results of a sub-command.
+
+    Attributes:
+        records: The measurements.
+        columns: Keys that the table shows.
+        plotted: Key that the plot shows.
+        ylabel: Label of the plot.
+        more: Further tables, by their names in the JSON file.
+    """
 
     records: list[Record]
-    columns: Sequence[str]  # of the table
-    plotted: str  # the key of the plot
+    columns: Sequence[str]
+    plotted: str
     ylabel: str
-    more: dict[str, list[Record]] = {}  # further tables, by their names in the JSON file
+    more: dict[str, list[Record]] = {}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Benchmark as the command line `argv` (default: the process's own) says."""
+    """Benchmarks as the command line `argv` (default: the process's own) says."""
     parser = OptionParser([], description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, parser_class=OptionParser)
     for name, (arguments_class, _) in COMMANDS.items():
@@ -168,15 +181,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write(report: Report, arguments: MeasuringArguments, prefix: Path) -> None:
-    """Write PREFIX.json and PREFIX.png."""
+    """Writes PREFIX.json and PREFIX.png."""
     result = {"environment": environment(arguments.device), "arguments": asdict(arguments), "records": report.records}
     text = json.dumps(result | report.more, indent=2, default=str)
-    prefix.with_name(prefix.name + ".json").write_text(text + "\n")
-    plot(report.records, report.plotted, report.ylabel, prefix.with_name(prefix.name + ".png"))
+    output_path(prefix, ".json").write_text(text + "\n")
+    plot(report.records, report.plotted, report.ylabel, output_path(prefix, ".png"))
 
 
 def check(arguments: MeasuringArguments) -> None:
-    """Raise `UserError` for what cannot be measured, before hours are spent."""
+    """Raises `UserError` for what cannot be measured, before hours are spent."""
     numbers = [name for name, value in vars(arguments).items() if _is_numeric(value)]
     for name in numbers:
         in_range(arguments, 1 if name != "memory_gib" else 0.001, name, highest=2.0**31)
@@ -189,12 +202,12 @@ def check(arguments: MeasuringArguments) -> None:
 
 
 def _is_numeric(value: Any) -> bool:
-    """Whether `value` is a number or a list of them."""
+    """Returns whether `value` is a number or a list of them."""
     return all(type(number) in (int, float) for number in (value if isinstance(value, list) else [value]))
 
 
 def attention(arguments: AttentionArguments) -> Report:
-    """Attention forward, and forward and backward."""
+    """Measures attention forward, and forward and backward."""
     ours = list(subjects.our_implementations(arguments.backends))
     names = [subjects.CAUSAL, *subjects.WITH_MASK, *ours]
     records = []
@@ -217,7 +230,7 @@ def attention(arguments: AttentionArguments) -> Report:
 
 
 def model(arguments: ModelArguments) -> Report:
-    """Training steps and prefills; the sizes of the models; the differences between our backends' logits."""
+    """Measures training steps and prefills, the sizes of the models, and the differences between our logits."""
     shape = arguments.shape(max(arguments.train_lengths + arguments.prefill_lengths))
     ours = list(subjects.our_implementations(arguments.backends))
     names = [*ours, *arguments.peers]
@@ -238,7 +251,7 @@ def model(arguments: ModelArguments) -> Report:
 
 
 def sizes(names: Sequence[str], shape: subjects.Shape) -> list[Record]:
-    """The number of parameters of each model."""
+    """Returns the number of parameters of each model."""
     records: list[Record] = []
     for name in names:
         records.append({IMPLEMENTATION: name, PARAMETERS: None, REASON: None})
@@ -248,7 +261,7 @@ def sizes(names: Sequence[str], shape: subjects.Shape) -> list[Record]:
 
 
 def logit_differences(names: Sequence[str], shape: subjects.Shape, length: int) -> list[Record]:
-    """How far the logits of ours are from eager's with the same weights, at most."""
+    """Returns the largest difference of our backends' logits from those of `eager` with the same weights."""
     expected = subjects.logits(subjects.EAGER, shape, length)
     largest = expected.abs().max().item()
     records: list[Record] = []
@@ -261,7 +274,7 @@ def logit_differences(names: Sequence[str], shape: subjects.Shape, length: int) 
 
 
 def generation(arguments: GenerationArguments) -> Report:
-    """Decoding a token after a prompt."""
+    """Measures decoding after prompts."""
     decoded = WARM_UP_CALLS + arguments.rounds * arguments.new_tokens
     shape = arguments.shape(max(arguments.contexts) + decoded)
     records = [record for context in sorted(arguments.contexts) for record in decoding(arguments, shape, context)]
@@ -269,9 +282,9 @@ def generation(arguments: GenerationArguments) -> Report:
 
 
 def decoding(arguments: GenerationArguments, shape: subjects.Shape, context: int) -> list[Record]:
-    """Decoding a token after a prompt of `context` tokens; the memory is what reading the prompt takes.
+    """Measures decoding after a prompt of `context` tokens. The memory is that of reading the prompt.
 
-    All caches are kept until the end, so that the decoders can take turns.
+    The decoders take turns, so all caches are in memory until the end.
     """
     decoders: dict[str, subjects.Decoder] = {}
 

@@ -1,4 +1,4 @@
-"""Chat with a served checkpoint in the terminal: `transformers chat`.
+"""Chats with a served checkpoint in the terminal, with `transformers chat`.
 
 hf_alibi serve runs/books &
 hf_alibi chat runs/books
@@ -13,12 +13,12 @@ from transformers.cli.chat import Chat
 from ..errors import UserError
 from .serve import run_typer
 
-# What Transformers raises where no server answers, or for settings and files that it cannot read.
+# What Transformers raises if no server answers, or for settings and files that it cannot read.
 CHAT_ERRORS = (HTTPError, OSError, ValueError, TypeError, RuntimeError, ImportError)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Chat as the command line `argv` says."""
+    """Chats as the command line `argv` (default: the process's own) says."""
     try:
         run_typer(Chat, argv, "hf_alibi chat")
     except UserError:

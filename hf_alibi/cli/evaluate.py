@@ -1,15 +1,18 @@
-"""Perplexity against length for one or several checkpoints: a table, and with --output_prefix a JSON file and a plot.
+"""Evaluates perplexity against length: prints a table, and with --output_prefix writes a JSON file and a plot.
 
     hf_alibi evaluate --model_name_or_path runs/demo/alibi runs/demo/sinusoidal \
         --lengths 256 512 1024 2048 4096 --output_prefix runs/demo/extrapolation
 
-writes runs/demo/extrapolation.json and runs/demo/extrapolation.png. Without --stride the windows do not overlap; with
---stride S they begin S tokens apart and the last S targets of each are scored. The protocols and units are explained
-in hf_alibi/evaluation/perplexity.py. The text is the validation split of the standard library's source files, of a
-dataset (--dataset_name), or a file of your own (--validation_file). Each checkpoint reads it with its own tokenizer:
-where these differ, compare bits per byte and not perplexity. --config_overrides "alibi_scaling={'type': 'dynamic'}"
-shows what position interpolation does; for that, --tokens_per_forward must be the longest length or more, because
-slopes that depend on the length do so for each forward pass.
+writes runs/demo/extrapolation.json and runs/demo/extrapolation.png. Without --stride the windows do not overlap. With
+--stride S they start S tokens apart, and the last S targets of each are scored. hf_alibi/evaluation/perplexity.py
+explains the protocols and units.
+
+The text is the validation split of the standard library's source files, the validation split of a dataset
+(--dataset_name), or your own file (--validation_file). Each checkpoint reads it with its own tokenizer. If these
+differ, compare bits per byte and not perplexity.
+
+--config_overrides "alibi_scaling={'type': 'dynamic'}" shows the effect of position interpolation. It needs
+--tokens_per_forward of at least the longest length, because dynamic slopes follow from the length of one forward pass.
 """
 
 import json
@@ -24,12 +27,12 @@ from ..evaluation.plots import Curve, plot_extrapolation
 from ..hub.checkpoints import LoadingArguments, available_device, load_causal_lm, load_config
 from ..tables import aligned
 from ..training.data import load_file_corpus, load_hub_corpus, reading_errors, standard_library_corpus
-from .options import OptionParser, check_output, in_range, parse
+from .options import OptionParser, check_output, in_range, output_path, parse
 
 
 @dataclass
 class EvaluationArguments:
-    """What is evaluated, on which text, and where the results go."""
+    """What to evaluate, on which text, and where to write the results."""
 
     model_name_or_path: list[str] = field(metadata={"help": "Checkpoints: folders, or model ids of the Hub."})
     labels: list[str] | None = field(
@@ -41,9 +44,9 @@ class EvaluationArguments:
     stride: int | None = field(
         default=None, metadata={"help": "Tokens between the starts of sliding windows; if omitted, no overlap."}
     )
-    max_tokens: int = field(default=65_536, metadata={"help": "Tokens to score at most, from the start of the text."})
+    max_tokens: int = field(default=65_536, metadata={"help": "Most tokens to score, from the start of the text."})
     tokens_per_forward: int = field(
-        default=2048, metadata={"help": "Tokens in one forward pass at most; memory grows with it."}
+        default=2048, metadata={"help": "Most tokens in one forward pass; memory grows with it."}
     )
     output_prefix: Path | None = field(
         default=None, metadata={"help": "Write PREFIX.json and PREFIX.png; if omitted, only the table is printed."}
@@ -56,12 +59,12 @@ class EvaluationArguments:
         default=None, metadata={"help": "Evaluate on this text, JSON Lines or Parquet file (or glob pattern)."}
     )
     text_column: str = field(default="text", metadata={"help": "Column that holds the documents."})
-    streaming: bool = field(default=False, metadata={"help": "Read the dataset or file as far as it is needed."})
+    streaming: bool = field(default=False, metadata={"help": "Read only the needed part of the dataset or file."})
 
 
 @reading_errors()
 def main(argv: Sequence[str] | None = None) -> None:
-    """Evaluate as the command line `argv` (default: the process's own) says."""
+    """Evaluates as the command line `argv` (default: the process's own) says."""
     parser = OptionParser([EvaluationArguments, LoadingArguments], description=__doc__.partition("\n")[0])
     arguments, loading = parse(parser, argv)
     labels = check(arguments, loading)
@@ -78,20 +81,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokens_per_forward=arguments.tokens_per_forward,
             progress=True,
         )
-        longest = getattr(model.config, "max_position_embeddings", None)  # what other models were trained at
+        # Other models record their training length here.
+        longest = getattr(model.config, "max_position_embeddings", None)
         curves.append(Curve(label, getattr(model.config, "training_length", longest), results))
         if arguments.output_prefix is not None:
-            # After each checkpoint: what goes wrong with a later one takes nothing away.
+            # Written after each checkpoint, so that a failure of a later one loses nothing.
             write_results(curves, arguments.output_prefix)
     windows = "non-overlapping windows" if arguments.stride is None else f"windows {arguments.stride} tokens apart"
     print(table(curves))
     print(f"perplexity per token (bits per byte), the same target tokens at every length, {windows}")
     if arguments.output_prefix is not None:
-        plot_extrapolation(curves, arguments.output_prefix.with_name(arguments.output_prefix.name + ".png"))
+        plot_extrapolation(curves, output_path(arguments.output_prefix, ".png"))
 
 
 def check(arguments: EvaluationArguments, loading: LoadingArguments) -> list[str]:
-    """Return the labels; raise `UserError` for what would only show after hours of evaluating."""
+    """Returns the labels. Raises `UserError` for mistakes that would only show after hours."""
     paths = arguments.model_name_or_path
     labels = arguments.labels or [Path(path).resolve().name for path in paths]
     if len(labels) != len(paths):
@@ -116,7 +120,7 @@ def check(arguments: EvaluationArguments, loading: LoadingArguments) -> list[str
 
 
 def load_documents(arguments: EvaluationArguments) -> Iterable[str]:
-    """The documents that the arguments name."""
+    """Returns the documents that the arguments name."""
     source: dict[str, Any] = {"text_column": arguments.text_column, "streaming": arguments.streaming}
     if arguments.dataset_name:
         return load_hub_corpus(arguments.dataset_name, arguments.dataset_config_name, **source)["validation"]["text"]
@@ -126,7 +130,10 @@ def load_documents(arguments: EvaluationArguments) -> Iterable[str]:
 
 
 def table(curves: Sequence[Curve]) -> str:
-    """Perplexity and bits per byte: a row for each length, a column for each checkpoint, the targets below."""
+    """Returns a table of perplexity and bits per byte.
+
+    It has a row for each length, a column for each checkpoint, and the number of targets in the last row.
+    """
     rows = [["length", *(curve.label for curve in curves)]]
     for results in zip(*(curve.results for curve in curves), strict=True):
         cells = []
@@ -139,9 +146,9 @@ def table(curves: Sequence[Curve]) -> str:
 
 
 def write_results(curves: Sequence[Curve], prefix: Path) -> None:
-    """Write PREFIX.json, with the loss by position as means over doubling ranges."""
+    """Writes PREFIX.json. The loss by position is given as means over doubling ranges."""
     models = []
     for curve in curves:
         results = [asdict(r) | {"nats_by_position": mean_by_doubling(r.nats_by_position)} for r in curve.results]
         models.append({"label": curve.label, "training_length": curve.training_length, "results": results})
-    prefix.with_name(prefix.name + ".json").write_text(json.dumps({"models": models}, indent=2) + "\n", "utf-8")
+    output_path(prefix, ".json").write_text(json.dumps({"models": models}, indent=2) + "\n", "utf-8")

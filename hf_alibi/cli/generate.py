@@ -1,13 +1,15 @@
-"""Continue a prompt with a causal language model, printed as it is generated.
+"""Continues a prompt with a causal language model, and prints the text while it is generated.
 
     hf_alibi generate --model_name_or_path runs/demo/alibi --prompt "def main" --max_new_tokens 200
     head -n 500 book.txt | hf_alibi generate --model_name_or_path runs/demo/alibi --do_sample --top_p 0.9
 
-The prompt is --prompt, or the UTF-8 text of --prompt_file, or standard input, taken as it is to the last newline. It
-is tokenized as `tokenizer(prompt)` does: a special token that is spelled out in it is that token. Standard output gets
-the continuation and a newline, nothing else. Every argument that transformers.GenerationConfig documents is an option
-of the same name, with JSON for lists and dictionaries (--stop_strings '["END", "STOP"]'). Options that are not given
-keep the values of the checkpoint's generation_config.json.
+The prompt is --prompt, or the UTF-8 text of --prompt_file, or standard input. It is not changed: even its last newline
+stays. It is tokenized by `tokenizer(prompt)`, so a special token that is spelled out in it is that token. Standard
+output gets the continuation and a newline, and nothing else.
+
+Every argument that transformers.GenerationConfig documents is an option of the same name. Lists and dictionaries are
+JSON (--stop_strings '["END", "STOP"]'). Options that are not given keep the values in the checkpoint's
+generation_config.json.
 """
 
 import os
@@ -48,7 +50,7 @@ class GenerationArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Generate as the command line `argv` (default: the process's own) says."""
+    """Generates as the command line `argv` (default: the process's own) says."""
     parser = OptionParser(
         [GenerationArguments, LoadingArguments],
         description=__doc__.partition("\n")[0],
@@ -72,12 +74,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.include_prompt:
             print(prompt, end="", flush=True)
         print_continuation(model, tokenizer, input_ids)
-    except BrokenPipeError:  # the reader, such as `head`, has had enough; the interpreter must not flush into it again
+    except BrokenPipeError:
+        # The reader, such as `head`, has closed the pipe. The interpreter must not flush into it when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def read_prompt(arguments: GenerationArguments) -> str:
-    """The text to continue, from the command line, a file or standard input; its line ends stay as they are."""
+    """Returns the text to continue, from the command line, a file or standard input, with its line ends unchanged."""
     if arguments.prompt is not None:
         source, read = "--prompt", lambda: os.fsencode(str(arguments.prompt))
     elif arguments.prompt_file != "-":
@@ -88,12 +91,13 @@ def read_prompt(arguments: GenerationArguments) -> str:
         source, read = "standard input", sys.stdin.buffer.read
     try:
         return read().decode("utf-8")
-    except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8, or a path with a NUL
+    except (OSError, ValueError) as error:
+        # ValueError means bytes that are not UTF-8, or a path with a NUL.
         raise UserError(f"cannot read the prompt from {source}: {error}") from error
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
-    """Token ids `[1, num_tokens]` of the prompt; of no text: the beginning-of-sequence token."""
+    """Returns the token ids of the prompt, `[1, num_tokens]`. An empty one becomes the beginning-of-sequence token."""
     input_ids = tokenizer(prompt, verbose=False)["input_ids"]
     if not input_ids and tokenizer.bos_token_id is None:
         raise UserError("the prompt is empty, and the tokenizer has no beginning-of-sequence token to start from")
@@ -101,7 +105,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
 
 
 def configure(model: PreTrainedModel, input_ids: Tensor, options: dict[str, Any]) -> None:
-    """Set `options` in the generation config of `model`, and see that there are positions for all tokens."""
+    """Sets `options` in the generation config of `model`, and checks that it has positions for all tokens."""
     config = model.generation_config
     try:
         config.update(**options)
@@ -119,17 +123,18 @@ def configure(model: PreTrainedModel, input_ids: Tensor, options: dict[str, Any]
 
 
 def print_continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, input_ids: Tensor) -> None:
-    """Generate and print; as a stream if there is one sequence to follow, otherwise in the end."""
+    """Generates and prints: token by token for a single sequence, otherwise at the end."""
     input_ids = input_ids.to(model.device)
     config = model.generation_config
     is_stream = (config.num_beams or 1) == 1 and (config.num_return_sequences or 1) == 1
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if is_stream else None
     try:
-        sequences = model.generate(  # type: ignore[operator]  # every causal model has it, PreTrainedModel has not
+        # Every causal model has this method, but PreTrainedModel does not declare it.
+        sequences = model.generate(  # type: ignore[operator]
             input_ids, attention_mask=torch.ones_like(input_ids), streamer=streamer, tokenizer=tokenizer
         )
     except (ValueError, NotImplementedError, ImportError, OverflowError) as error:
-        # What only the model can tell of its settings: a combination, a cache or an attention that it does not have.
+        # Only the model knows which combinations, caches and attention backends it lacks.
         raise UserError(f"these options cannot be used for generation: {error}") from error
     except torch.OutOfMemoryError as error:
         raise UserError(f"out of memory: {shorten(str(error), 200)}") from error

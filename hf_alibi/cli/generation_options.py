@@ -1,8 +1,8 @@
 """The options of `hf_alibi generate` that are arguments of `transformers.GenerationConfig`.
 
-Only the docstring of `GenerationConfig` says which types its arguments have. The options, their types and their help
-texts are read there. Deprecated arguments are not documented, and hence no options. What `generate` would take without
-a check, and then fail on or misread, is checked here.
+Options, types and help texts are read from the docstring of `GenerationConfig`, because nothing else states the types.
+Deprecated arguments are not documented, so they are no options. Values that `generate` would accept, and then fail on
+or misread, are checked here.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from transformers.hf_argparser import string_to_bool
 
 from ..errors import UserError
 
-# Arguments of GenerationConfig that take a Python object, that only add to what `generate` returns to Python, or that
-# mean something only to encoder-decoder models or beside a second model.
+# Arguments of GenerationConfig that take a Python object, that only change what `generate` returns in Python, or that
+# only affect encoder-decoder models or a second model.
 NOT_OPTIONS = {
     *GenerationConfig.extra_output_flags,
     "assistant_ensemble_weight",
@@ -32,7 +32,7 @@ NOT_OPTIONS = {
     "target_lookbehind",
 }
 
-# The least value of a number, 0 for those that are not listed.
+# The least values of numbers. It is 0 for those that are not listed.
 LOWEST = dict.fromkeys(
     (
         "assistant_early_exit",
@@ -49,10 +49,10 @@ LOWEST = dict.fromkeys(
 HIGHEST = dict.fromkeys(
     ("assistant_confidence_threshold", "epsilon_cutoff", "eta_cutoff", "min_p", "top_h", "top_p", "typical_p"), 1.0
 ) | {"length_penalty": 100.0}
-# Where 0 would divide by zero, or leave no token or no time.
+# Numbers that must not be 0, because that would divide by zero, or leave no token or no time.
 POSITIVE = {"encoder_repetition_penalty", "max_time", "repetition_penalty", "temperature", "top_h", "typical_p"}
 
-# Values that are no plain numbers: a test of what was read, and how it is to be written. JSON's null unsets any.
+# Options that are no plain numbers: a check of the value, and how to write it. JSON's null unsets any option.
 FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bad_words_ids": (lambda value: _is_list(value, _is_tokens), "lists of token ids, such as [[5, 6], [7]]"),
     "begin_suppress_tokens": (lambda value: _is_list(value, _is_int), "a list of token ids, such as [5, 6]"),
@@ -90,7 +90,7 @@ TOKEN_OPTIONS = {
 
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `GenerationConfig` to `parser`; those that are not given are left out of its result."""
+    """Adds the arguments of `GenerationConfig` to `parser`. Its result has only those that are given."""
     group = parser.add_argument_group("arguments of GenerationConfig")
     entry = re.compile(r"^ {4}(?P<name>\w+):? *\((?P<type>.+)\):\n(?P<text>(?: {8}.+\n)+)", re.MULTILINE)
     for argument in entry.finditer(inspect.cleandoc(GenerationConfig.__doc__ or "") + "\n"):
@@ -100,13 +100,14 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         first_sentence = re.split(r"(?<=\.)\s", " ".join(argument["text"].split()))[0]
         settings: dict[str, Any] = {"type": value_parser(argument["type"]), "help": first_sentence.replace("%", "%%")}
         if settings["type"] is string_to_bool:
-            settings |= {"nargs": "?", "const": True}  # --do_sample means --do_sample true
+            # --do_sample means --do_sample true.
+            settings |= {"nargs": "?", "const": True}
         spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
         group.add_argument(*spellings, default=argparse.SUPPRESS, **settings)
 
 
 def value_parser(documented_type: str) -> Callable[[str], Any]:
-    """The reader of values of a type as documented: "`int`, *optional*"."""
+    """Returns the function that reads values of a documented type, such as "`int`, *optional*"."""
     first = documented_type.split(",")[0].strip("`")
     if first.startswith("str` or "):
         return text_or_list
@@ -115,7 +116,7 @@ def value_parser(documented_type: str) -> Callable[[str], Any]:
 
 
 def json_or_text(value: str) -> Any:
-    """`value` read as JSON, or as it is if it is none: arguments of several types accept plain words too."""
+    """Returns `value` parsed as JSON, or unchanged if it is no JSON: some arguments also accept plain words."""
     try:
         return json.loads(value)
     except ValueError:
@@ -123,20 +124,20 @@ def json_or_text(value: str) -> Any:
 
 
 def text_or_list(value: str) -> Any:
-    """A list in JSON, a string in JSON, or else `value` as it is: 5 and true are texts here."""
+    """Returns a JSON list or a JSON string parsed, and any other `value` unchanged: 5 and true are texts here."""
     read = json_or_text(value)
     return read if isinstance(read, str | list) else value
 
 
 def check_generation_options(options: dict[str, Any], vocab_size: int) -> None:
-    """Raise for what `generate` would fail on, or misread.
+    """Raises an error for values that `generate` would fail on or misread.
 
     Args:
         options: Values as `add_generation_options` reads them, by name.
         vocab_size: Of the model.
 
     Raises:
-        UserError: A value has the wrong type or is out of its range, or the model has no such token.
+        UserError: If a value has the wrong type or is out of range, or the model has no such token.
     """
     for name, value in options.items():
         if value is None:
@@ -165,7 +166,7 @@ def _check_range(name: str, value: float) -> None:
 
 
 def _tokens(value: Any) -> Iterator[int]:
-    """The token ids in a value, of lists too."""
+    """Yields the token ids in a value or in nested lists."""
     if isinstance(value, list):
         for part in value:
             yield from _tokens(part)

@@ -1,7 +1,7 @@
-"""What the commands share: their options are parsed and checked here, before any long work begins.
+"""Parses and checks the options of all commands, before any long work begins.
 
-Options are spelled with underscores, as Trainer spells them, and are accepted with dashes too. They are never
-abbreviated. Whatever is wrong with them is a `UserError` of one line.
+Options are spelled with underscores, as in Trainer. Dashes are accepted too, abbreviations are not. Mistakes raise a
+`UserError` of one line.
 """
 
 import math
@@ -18,12 +18,12 @@ from transformers import HfArgumentParser
 from ..errors import UserError
 from ..evaluation.plots import require_matplotlib
 
-# What a dataclass of options raises for values that it refuses, and for packages that they need.
+# What a dataclass of options raises for values that it refuses, and for missing packages.
 OPTION_ERRORS = (ValueError, TypeError, RuntimeError, OSError, ImportError, StrictDataclassError)
 
 
 class OptionParser(HfArgumentParser):
-    """A parser that raises `UserError` where argparse prints its usage and exits."""
+    """A parser that raises `UserError` instead of printing its usage and exiting."""
 
     def __init__(self, dataclass_types: Any = None, **kwargs: Any) -> None:
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
@@ -34,15 +34,19 @@ class OptionParser(HfArgumentParser):
 
 
 def parse(parser: OptionParser, argv: Sequence[str] | None, may_be_empty: Collection[str] = ()) -> tuple[Any, ...]:
-    """The dataclasses that `parser` fills from `argv`, and a namespace of what other options were given.
+    """Parses a command line.
 
     Args:
-        parser: It has been made of dataclasses, and may have other options.
-        argv: Arguments; None: those of the process.
-        may_be_empty: Options for which an empty text means something.
+        parser: Made from dataclasses. It may have other options too.
+        argv: Arguments; None for those of the process.
+        may_be_empty: Options that accept an empty text.
+
+    Returns:
+        The dataclasses, and a namespace if other options were given.
 
     Raises:
-        UserError: An option is unknown, lacks its value or has a bad one, a number is NaN, or a text is empty.
+        UserError: If an option is unknown, lacks its value or has a bad one, if a number is NaN, or if a text is
+            empty.
     """
     try:
         *filled, unknown = parser.parse_args_into_dataclasses(
@@ -64,7 +68,7 @@ def parse(parser: OptionParser, argv: Sequence[str] | None, may_be_empty: Collec
 
 
 def in_range(arguments: Any, lowest: float, *names: str, highest: float = math.inf) -> None:
-    """Raise `UserError` unless the numbers in these fields of `arguments` are None or from `lowest` to `highest`."""
+    """Raises `UserError` unless the numbers in these fields of `arguments` are None or from `lowest` to `highest`."""
     for name in names:
         value = getattr(arguments, name)
         if not all(lowest <= number <= highest for number in _listed(value) if number is not None):
@@ -72,11 +76,16 @@ def in_range(arguments: Any, lowest: float, *names: str, highest: float = math.i
             raise UserError(f"--{name} must be {expected}, got {value}")
 
 
+def output_path(prefix: Path, suffix: str) -> Path:
+    """Returns the file PREFIX + SUFFIX. Dots in PREFIX are part of its name."""
+    return prefix.with_name(prefix.name + suffix)
+
+
 def check_output(prefix: Path | None) -> None:
-    """Make the folder of PREFIX.json and PREFIX.png, and see that both can be written and that a plot can be drawn.
+    """Creates the folder of PREFIX.json and PREFIX.png, and checks that both can be written and a plot can be drawn.
 
     Raises:
-        UserError: One of them cannot be written, or matplotlib is missing.
+        UserError: If one of them cannot be written, or matplotlib is missing.
     """
     if prefix is None:
         return
@@ -84,14 +93,15 @@ def check_output(prefix: Path | None) -> None:
     if prefix.name in ("", ".."):
         raise UserError(f"--output_prefix {prefix} lacks the beginning of a file name")
     for suffix in (".json", ".png"):
-        path = prefix.with_name(prefix.name + suffix)
+        path = output_path(prefix, suffix)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             is_new = not path.exists()
             path.open("ab").close()
             if is_new:
                 path.unlink()
-        except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        except (OSError, ValueError) as error:
+            # ValueError means a path with a NUL.
             raise UserError(f"cannot write to --output_prefix {prefix}: {error}") from error
 
 
@@ -100,7 +110,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _suggestion(parser: ArgumentParser, unknown: Sequence[str]) -> str:
-    """The known option that the first unknown one most resembles."""
+    """Returns a hint at the known option that most resembles the first unknown one, or an empty text."""
     known = [option for action in parser._actions for option in action.option_strings if "-" not in option[2:]]
     given = "--" + unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
     nearest = [option for option in known if option.startswith(given)] or get_close_matches(given, known, n=1)

@@ -1,12 +1,12 @@
-r"""Publish a trained model on the Hub, with its code and a card, and see that it loads from there.
+r"""Publishes a trained model on the Hub, with its code and a card, and verifies that it loads from there.
 
     hf_alibi publish --folder runs/books --repo_id me/books --private --dry_run
     hf_alibi publish --folder runs/books --repo_id me/books --license mit --language en \
         --datasets me/novels --evaluation runs/books/extrapolation.json --evaluation_text me/novels
 
-The first command only checks the checkpoint and lists what would be uploaded. The second uploads in one commit, with
-the table and the plot of hf_alibi evaluate in the card, and compares the logits of the upload with the local ones.
-Log in with `hf auth login` before. An upload that broke off goes on when the command is repeated.
+The first command only checks the checkpoint and lists what would be uploaded. The second uploads one commit. Its card
+has the table and the plot of hf_alibi evaluate. Then it compares the logits of the uploaded model with the local ones.
+Log in with `hf auth login` first. If an upload breaks off, repeat the command to continue it.
 """
 
 import re
@@ -23,16 +23,16 @@ SHARD_SIZE = re.compile(r"[1-9][0-9]*([KMGT]i?B)?", re.IGNORECASE)
 
 @dataclass
 class PublishArguments:
-    """What is published, and where."""
+    """What to publish, and where."""
 
     folder: str = field(metadata={"help": "Checkpoint: a folder that save_pretrained or Trainer has written."})
-    repo_id: str = field(metadata={"help": "Repository of the Hub, namespace/name; made if there is none."})
+    repo_id: str = field(metadata={"help": "Repository of the Hub, namespace/name; created if there is none."})
     private: bool = field(default=False, metadata={"help": "Make the repository private."})
     revision: str | None = field(
-        default=None, metadata={"help": "Branch, made if there is none, or refs/pr/N; if omitted, main."}
+        default=None, metadata={"help": "Branch, created if there is none, or refs/pr/N; if omitted, main."}
     )
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request."})
-    max_shard_size: str = field(default="5GB", metadata={"help": "Size of a file of weights at most."})
+    max_shard_size: str = field(default="5GB", metadata={"help": "Largest size of a file of weights."})
     token: str | None = field(
         default=None, metadata={"help": "Token of the Hub; if omitted, that of `hf auth login` or HF_TOKEN."}
     )
@@ -40,7 +40,7 @@ class PublishArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Publish as the command line `argv` (default: the process's own) says."""
+    """Publishes as the command line `argv` (default: the process's own) says."""
     parser = OptionParser([PublishArguments, CardArguments], description=__doc__.partition("\n")[0])
     arguments, card = parse(parser, argv)
     check(arguments)
@@ -48,6 +48,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check(arguments: PublishArguments) -> None:
-    """Raise `UserError` for what Transformers and the Hub's client would find out late, or not at all."""
+    """Raises `UserError` for mistakes that Transformers and the Hub's client notice late or never."""
     if not SHARD_SIZE.fullmatch(arguments.max_shard_size):
         raise UserError(f"--max_shard_size must be a size such as 500MB or 5GB, got {arguments.max_shard_size!r}")

@@ -1,10 +1,10 @@
-"""Bring the present code to a checkpoint that was saved earlier, in a folder or on the Hub; weights stay as they are.
+"""Brings the present code to a checkpoint that was saved earlier, in a folder or on the Hub, and keeps the weights.
 
     hf_alibi refresh runs/books --dry_run
     hf_alibi refresh me/books --create_pr
 
-Outputs with the new code are compared with those of the old code before anything is changed. The old code runs only
-with --trust_remote_code; otherwise the model of this package takes its place in the comparison.
+Before anything changes, the outputs of the new code are compared with those of the old code. The old code runs only
+with --trust_remote_code. Otherwise the outputs are compared with those of this package's model.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from .options import OptionParser, parse
 
 @dataclass
 class RefreshArguments:
-    """What becomes of the checkpoint."""
+    """How to refresh the checkpoint."""
 
     revision: str | None = field(
         default=None, metadata={"help": "Branch of the repository, or refs/pr/N; if omitted, main."}
     )
-    create_pr: bool = field(default=False, metadata={"help": "Open a pull request in place of committing."})
+    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of committing."})
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run the code that the checkpoint brings with it, to compare with."}
     )
@@ -32,7 +32,7 @@ class RefreshArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Refresh as the command line `argv` (default: the process's own) says."""
+    """Refreshes as the command line `argv` (default: the process's own) says."""
     parser = OptionParser([RefreshArguments], description=__doc__.partition("\n")[0])
     parser.add_argument(
         "checkpoint", help="A folder, which is changed in place, or a repository, which gets a commit."

@@ -1,9 +1,9 @@
-"""Serve a checkpoint with an OpenAI-compatible API: `transformers serve`, which knows the models of this package.
+"""Serves a checkpoint with an OpenAI-compatible API: `transformers serve`, with the models of this package registered.
 
     hf_alibi serve runs/books --port 8000
 
-Everything is as in `transformers serve`, but that it serves one checkpoint, has the guards of `serving/server.py` and
-the option --max_total_tokens. Options that would have no effect here are left out.
+It differs from `transformers serve` in this: it serves one checkpoint, has the checks of `serving/server.py` and the
+option --max_total_tokens, and leaves out options that would have no effect.
 """
 
 import functools
@@ -27,25 +27,25 @@ from ..hub.checkpoints import LOADING_ERRORS, available_device, check_vocabulary
 from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM
 from ..positions import NopeGPTForCausalLM, RotaryGPTForCausalLM, SinusoidalGPTForCausalLM
 
-# Click's exception for a wrong command line. Typer brings Click along, under a name of its own in its newer versions.
+# Click's exception for a wrong command line. Newer versions of Typer contain Click under another module name.
 UsageError: Any = typer.BadParameter.__base__
 
-# What Transformers does elsewhere than in chat and completions, or with more models than one.
+# Options for other routes than chat and completions, or for several models.
 NOT_OPTIONS = {"decision_config", "model_timeout", "non_blocking", "reasoning"}
 
 MODELS = (AlibiGPTForCausalLM, NopeGPTForCausalLM, RotaryGPTForCausalLM, SinusoidalGPTForCausalLM)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Serve as the command line `argv` says."""
+    """Serves as the command line `argv` (default: the process's own) says."""
     run_typer(serve, argv, "hf_alibi serve")
 
 
 def run_typer(function: Callable[..., Any], argv: Sequence[str] | None, name: str) -> None:
-    """Call `function` with the arguments in `argv`, whose options are spelled with underscores, or with dashes.
+    """Calls `function` with the arguments in `argv`. Options are spelled with underscores or dashes.
 
     Raises:
-        UserError: An argument is unknown, missing or has a bad value.
+        UserError: If an argument is unknown, missing or has a bad value.
     """
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command()(function)
@@ -71,10 +71,10 @@ def serve(
     ] = 131_072,
     **options: Any,
 ) -> None:
-    """Serve a checkpoint with an OpenAI-compatible API: completions and chat, streamed or not.
+    """Serves a checkpoint with an OpenAI-compatible API: completions and chat, streamed or not.
 
-    Endpoints: POST /v1/completions, POST /v1/chat/completions, GET /v1/models, GET /health. Requests wait in line,
-    or run together with --continuous_batching.
+    Endpoints: POST /v1/completions, POST /v1/chat/completions, GET /v1/models, GET /health. Requests are answered one
+    after the other, or together with --continuous_batching.
     """
     if not is_serve_available():
         raise UserError("the server needs further packages: pip install 'hf_alibi[serve]'")
@@ -83,7 +83,8 @@ def serve(
     from ..serving import server as guarded
 
     for model_class in MODELS:
-        setattr(transformers, model_class.__name__, model_class)  # where Transformers' server looks for it
+        # Transformers' server looks for model classes here.
+        setattr(transformers, model_class.__name__, model_class)
     check(force_model, options)
     server.build_server = functools.partial(guarded.build_server, max_total_tokens=max_total_tokens)
     try:
@@ -95,9 +96,10 @@ def serve(
 
 
 def check(force_model: str, options: dict[str, Any]) -> None:
-    """Raise `UserError` for what would fail only after the model has been loaded, or with a traceback."""
+    """Raises `UserError` for mistakes that would show only after the model is loaded, or as a traceback."""
     trust = options["trust_remote_code"]
-    path = force_model if Path(force_model).exists() else force_model.partition("@")[0]  # without a revision
+    # A model id may end with @REVISION.
+    path = force_model if Path(force_model).exists() else force_model.partition("@")[0]
     config = load_config(path, trust_remote_code=trust)
     architecture = (config.architectures or ["no model"])[0]
     if not hasattr(transformers, architecture):
@@ -128,7 +130,7 @@ def check(force_model: str, options: dict[str, Any]) -> None:
 
 
 def _check_address(host: str, port: int) -> None:
-    """Raise `UserError` if no server can listen there."""
+    """Raises `UserError` if no server can listen at this address."""
     if not 0 <= port <= 65_535:
         raise UserError(f"--port must be from 0 to 65535, got {port}")
     try:
@@ -143,11 +145,12 @@ def _check_address(host: str, port: int) -> None:
 
 
 def _signature() -> inspect.Signature:
-    """The signature that the command line is read by: `serve` with the options of Transformers' `Serve`."""
+    """Returns the signature from which typer makes the command line: `serve` with the options of Transformers."""
     own = inspect.signature(serve).parameters
     theirs = {name: option for name, option in inspect.signature(Serve).parameters.items() if name not in NOT_OPTIONS}
     theirs["force_model"] = theirs["force_model"].replace(default=inspect.Parameter.empty)
     return inspect.Signature([*theirs.values(), own["max_total_tokens"]])
 
 
-serve.__signature__ = _signature()  # type: ignore[attr-defined]  # typer reads it
+# Typer reads the signature from here.
+serve.__signature__ = _signature()  # type: ignore[attr-defined]

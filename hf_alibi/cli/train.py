@@ -1,15 +1,16 @@
-r"""Train a causal language model on text, from scratch or from a checkpoint, with Trainer's arguments and some more.
+r"""Trains a causal language model on text, from scratch or from a checkpoint, with Trainer's arguments and some more.
 
-Without arguments about data, the text is the source code of Python's standard library, which needs no network:
+By default the text is the source code of Python's standard library, which needs no network:
 
     hf_alibi train --output_dir runs/first --block_size 256 --max_steps 500 \
         --config_overrides "hidden_size=192,num_hidden_layers=3,num_attention_heads=6" --vocab_size 4096
 
-A run that was stopped, by kill -9 too, ends as if it had not been: repeat its command with --resume_from_checkpoint
-True. What decides the weights must be as it was, or the run is refused; what is saved, measured, reported and uploaded
-may change, and --max_steps may if --lr_scheduler_type is constant. Several processes: ``accelerate launch -m hf_alibi
-train ...``. The output folder gets the model, its tokenizer, train_results.json, eval_results.json (with the
-perplexity), all_results.json and trainer_state.json.
+To resume a run that was stopped (by kill -9, for example), repeat its command with --resume_from_checkpoint True. It
+ends with the weights of an uninterrupted run. If anything that decides the weights has changed, an error is raised.
+What is saved, measured, reported and uploaded may change, and so may --max_steps if --lr_scheduler_type is constant.
+
+`accelerate launch -m hf_alibi train ...` starts several processes. The output folder gets the model, its tokenizer,
+train_results.json, eval_results.json (with the perplexity), all_results.json and trainer_state.json.
 """
 
 from collections.abc import Iterable, Sequence
@@ -46,7 +47,7 @@ from ..training.run_record import refuse_changes, run_arguments
 from ..training.trainer import train
 from .options import OptionParser, in_range, parse
 
-# Numbers among Trainer's arguments, which takes any: those of 1 or more, 0 or more, and between 0 and 1.
+# Trainer does not check its numbers. These must be at least 1, at least 0, and from 0 to 1.
 COUNTS = (
     "eval_accumulation_steps",
     "gradient_accumulation_steps",
@@ -69,12 +70,13 @@ AMOUNTS = (
     "weight_decay",
 )
 FRACTIONS = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
-MOST = 1e30  # a finite number beyond any use
+# Excludes infinity, and no useful number.
+MOST = 1e30
 
 
 @dataclass
 class ModelArguments:
-    """Which model is trained, and with which tokenizer."""
+    """Which model to train, and with which tokenizer."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint to start from, a folder or Hub id; default: new weights."}
@@ -97,7 +99,7 @@ class ModelArguments:
     dtype: str = field(
         default="float32",
         metadata={
-            "help": "Dtype of the weights; for mixed precision leave it and give --bf16.",
+            "help": "Dtype of the weights; for mixed precision keep float32 and give --bf16.",
             "choices": ["float32", "bfloat16", "float16"],
         },
     )
@@ -106,13 +108,13 @@ class ModelArguments:
     )
     fresh_optimizer: bool = field(
         default=False,
-        metadata={"help": "Resume from the weights of a checkpoint alone, with a new optimizer; not bit for bit."},
+        metadata={"help": "Resume only from a checkpoint's weights, with a new optimizer; not bit for bit."},
     )
 
 
 @dataclass
 class DataArguments:
-    """Which text is trained on, and how it is cut into blocks."""
+    """Which text to train on, and how to cut it into blocks."""
 
     dataset_name: str | None = field(default=None, metadata={"help": "Dataset of the Hub."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
@@ -131,13 +133,13 @@ class DataArguments:
     isolate_documents: bool = field(
         default=False, metadata={"help": "Keep attention within documents; default: it crosses their borders."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Blocks to train on at most."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Blocks to evaluate on at most."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Most blocks to train on."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Most blocks to evaluate on."})
 
 
 @reading_errors()
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train as the command line `argv` (default: the process's own) says."""
+    """Trains as the command line `argv` (default: the process's own) says."""
     parser = OptionParser(
         [ModelArguments, DataArguments, TrainingArguments],
         description=__doc__.partition("\n")[0],
@@ -174,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
-    """Raise `UserError` for options that exclude each other, or that fail only once training has begun or ended."""
+    """Raises `UserError` for options that exclude each other, or that would fail only during or after training."""
     if data_args.dataset_name and (data_args.train_file or data_args.validation_file):
         raise UserError("give either --dataset_name or --train_file and --validation_file, not both")
     if data_args.dataset_config_name and not data_args.dataset_name:
@@ -215,13 +217,13 @@ def check(model_args: ModelArguments, data_args: DataArguments, training_args: T
 
 
 def try_out(model: PreTrainedModel, training_args: TrainingArguments) -> None:
-    """See that there is an optimizer, and on the CPU that the model has finite gradients; other devices come later.
+    """Checks that there is an optimizer, and for training on the CPU that the loss is finite and has gradients.
 
-    Weights and random numbers are afterwards what they were.
+    The model is still on the CPU, so other devices are not tried. Weights and random numbers are unchanged afterwards.
 
     Raises:
-        UserError: The optimizer needs another package or has bad arguments, the attention has no backward pass, or
-            the weights are not usable.
+        UserError: If the optimizer needs another package or has bad arguments, if the attention has no backward pass
+            on the CPU, or if the weights are damaged.
     """
     try:
         Trainer.get_optimizer_cls_and_kwargs(training_args, model)
@@ -244,7 +246,7 @@ def try_out(model: PreTrainedModel, training_args: TrainingArguments) -> None:
 
 
 def load_corpus(arguments: DataArguments) -> Corpus:
-    """The corpus that the arguments name: a dataset, files, or else Python's standard library."""
+    """Returns the corpus that the arguments name: a dataset, files, or by default Python's standard library."""
     options: dict[str, Any] = {
         "text_column": arguments.text_column,
         "streaming": arguments.streaming,
@@ -258,7 +260,7 @@ def load_corpus(arguments: DataArguments) -> Corpus:
 
 
 def load_model(arguments: ModelArguments, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model of the checkpoint `path`, with its tokenizer unless the arguments name another."""
+    """Returns the model of the checkpoint `path`, and its tokenizer unless the arguments name another."""
     model, tokenizer = load_causal_lm(
         path,
         dtype=arguments.dtype,
@@ -268,7 +270,9 @@ def load_model(arguments: ModelArguments, path: str) -> tuple[PreTrainedModel, P
     )
     for name, value in parse_overrides(arguments.config_overrides, model.config).items():
         if getattr(model.config, name) != value:
-            raise UserError(f"--config_overrides: {name} is {getattr(model.config, name)} in {path}, and stays so")
+            raise UserError(
+                f"--config_overrides: {name} is {getattr(model.config, name)} in {path} and cannot be changed"
+            )
     if arguments.tokenizer_name:
         tokenizer = load_tokenizer(arguments.tokenizer_name)
         check_vocabulary(tokenizer, model.config)
@@ -278,7 +282,7 @@ def load_model(arguments: ModelArguments, path: str) -> tuple[PreTrainedModel, P
 def new_model(
     arguments: ModelArguments, documents: Iterable[str], block_size: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model with new weights and its tokenizer, which is trained on `documents` unless the arguments name one."""
+    """Returns a model with new weights, and a tokenizer, trained on `documents` unless the arguments name one."""
     overrides = parse_overrides(arguments.config_overrides, new_config(arguments.model_type, {}))
     if arguments.tokenizer_name:
         tokenizer = load_tokenizer(arguments.tokenizer_name)
@@ -307,7 +311,7 @@ def new_model(
 
 
 def new_config(model_type: str, values: dict[str, Any]) -> PreTrainedConfig:
-    """A config of this type, with `UserError` for values that it refuses."""
+    """Returns a config of this type. Raises `UserError` for values that it refuses."""
     try:
         return AutoConfig.for_model(model_type, **values)
     except LOADING_ERRORS as error:

@@ -1,9 +1,10 @@
 """Baichuan-13B and Baichuan2-13B, base and chat (remote code `BaichuanForCausalLM`; arXiv 2309.10305).
 
-RMSNorm, SwiGLU, no biases, queries, keys and values in one matrix one after the other. The head of Baichuan2 is a
-NormHead: its rows have length 1, and are given it here once and for all. No field tells these models from their
-siblings. As in vLLM (`models/baichuan.py`), a vocabulary of 125,696 means Baichuan2, and a width of 4,096 the rotary
-7B; the config of the 7B also has `max_position_embeddings` where that of the 13B has `model_max_length`.
+The models have RMSNorm, SwiGLU and no biases. Queries, keys and values are stacked in one matrix. The head of
+Baichuan2 is a NormHead, which normalises its rows in each call; conversion normalises them once. No field of the
+config names the generation or the size. As in vLLM (`models/baichuan.py`), a vocabulary of 125,696 means Baichuan2,
+and a width of 4,096 means the rotary 7B. The 7B also has `max_position_embeddings` where the 13B has
+`model_max_length`.
 """
 
 from typing import Any
@@ -26,7 +27,8 @@ RENAMES = {
     "model.layers.{}.mlp.down_proj": "model.layers.{}.mlp.down_proj",
     "model.norm": "model.norm",
 }
-HAS_NORM_HEAD = {64000: False, 125696: True}  # by the size of the vocabulary
+# By the size of the vocabulary.
+HAS_NORM_HEAD = {64000: False, 125696: True}
 ROTARY_WIDTH = 4096
 
 
@@ -35,7 +37,7 @@ def _rows_of_length_1(weights: Weights) -> Weights:
 
 
 def read(source: Fields) -> Plan:
-    """What the config of a Baichuan means here."""
+    """Returns the plan that the config of a Baichuan asks for."""
     fields = source.common(ARCHITECTURES)
     hidden_size = source.size("hidden_size", default=5120)
     if hidden_size == ROTARY_WIDTH:
@@ -69,13 +71,13 @@ def read(source: Fields) -> Plan:
     folded, differs = [], []
     if has_norm_head:
         rules.append(Rule(("lm_head",), ("lm_head",), _rows_of_length_1))
-        folded.append("The rows of the head have length 1 once and for all.")
+        folded.append("The rows of the head are normalised to length 1.")
         differs.append("In training, nothing keeps the rows of the head at length 1.")
     return Plan(fields, rules, folded=folded, differs=differs, reference=reference)
 
 
 def reference(config: dict[str, Any], read: Read, tokens: Tensor) -> Tensor:
-    """The formula of Baichuan-13B in float64: `[length]` tokens to `[length, vocab_size]` logits."""
+    """Computes Baichuan-13B in float64: from tokens `[length]` to logits `[length, vocab_size]`."""
     heads, eps = config.get("num_attention_heads", 40), config.get("rms_norm_eps", 1e-6)
     states = read("model.embed_tokens.weight")[tokens]
     head_dim = states.shape[-1] // heads

@@ -1,7 +1,7 @@
 """BLOOM and BLOOMZ (`bloom` in Transformers; Le Scao et al., arXiv 2211.05100).
 
-LayerNorm with bias, also after the embedding; biases everywhere; GELU by its tanh formula; queries, keys and values in
-one matrix, `[head, 3, head_dim]`.
+BLOOM has LayerNorm with bias, also after the embedding, biases in all linear layers, and GELU by its tanh formula.
+Queries, keys and values are in one matrix, with rows `[head, 3, head_dim]`.
 """
 
 from ..model.configuration_alibi_gpt import AlibiGPTConfig
@@ -20,7 +20,8 @@ RENAMES = {
     "h.{}.mlp.dense_4h_to_h": "model.layers.{}.mlp.down_proj",
     "ln_f": "model.norm",
 }
-TRAINING_LENGTH = 2048  # of all published models, whose configs do not always say it
+# Of all published models. Not all of their configs state it.
+TRAINING_LENGTH = 2048
 
 
 def _rules(heads: int, head_dim: int) -> list[Rule]:
@@ -29,7 +30,7 @@ def _rules(heads: int, head_dim: int) -> list[Rule]:
 
 
 def read(source: Fields) -> Plan:
-    """What a BLOOM's config means here."""
+    """Returns the plan that the config of a BLOOM asks for."""
     fields = source.common(ARCHITECTURES)
     heads = source.size("n_head", "num_attention_heads", default=8)
     fields |= {
@@ -61,7 +62,7 @@ def read(source: Fields) -> Plan:
     source.only("n_inner", None, 4 * fields["hidden_size"], reason="BLOOM's feed-forward layer is 4 hidden_size wide")
     source.only("skip_bias_add_qkv", False, reason="the projections of the attention have biases here")
     source.neutral("pretraining_tp", int)
-    # How the same sums are computed: in slices, fused, in float32.
+    # These change how sums are computed (in slices, fused, in float32), not what they are.
     for name in ("slow_but_exact", "attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion"):
         source.neutral(name, bool)
     source.neutral("skip_bias_add", bool)
@@ -70,7 +71,7 @@ def read(source: Fields) -> Plan:
     if fields["hidden_dropout"]:
         differs.append("In training, hidden_dropout also drops embeddings here.")
     if fields["pad_token_id"] is not None:
-        differs.append("In training, the embedding of the padding token stays as it is.")
+        differs.append("In training, the embedding of the padding token is not changed.")
     return Plan(
         fields,
         _rules(heads, fields["hidden_size"] // heads),
@@ -80,7 +81,11 @@ def read(source: Fields) -> Plan:
 
 
 def write(config: AlibiGPTConfig, ours: Fields) -> Plan:
-    """The config of the BLOOM that computes the same; refuses what no BLOOM computes, with what one would train."""
+    """Returns the plan for the equal BLOOM.
+
+    Raises:
+        UserError: If no BLOOM computes the same. It names the value that the field should have in training.
+    """
     fields = ours.common(("AlibiGPTForCausalLM",))
     for name, value in {
         "num_key_value_heads": config.num_attention_heads,
@@ -100,7 +105,8 @@ def write(config: AlibiGPTConfig, ours: Fields) -> Plan:
         ours.only(name, value, reason=f"a BLOOM needs a model trained with {name}={value!r}")
     ours.choice("hidden_act", dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast")))
     for name in ("attention_bias", "mlp_bias", "norm_bias"):
-        ours.flag(name)  # a bias that is missing here is zero there
+        # A missing bias becomes zero.
+        ours.flag(name)
     fields |= {
         "vocab_size": ours.size("vocab_size"),
         "hidden_size": ours.size("hidden_size"),
@@ -119,5 +125,6 @@ def write(config: AlibiGPTConfig, ours: Fields) -> Plan:
     length = ours.size("training_length")
     if length != TRAINING_LENGTH:
         fields["seq_length"] = length
-    ours.number("window_tolerance")  # BLOOM looks at every key, which changes nothing but the time
+    # BLOOM attends to every key, which changes the time but not the result.
+    ours.number("window_tolerance")
     return Plan(fields, _rules(fields["n_head"], fields["hidden_size"] // fields["n_head"]), prefix=PREFIX)

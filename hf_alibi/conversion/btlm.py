@@ -1,6 +1,6 @@
-"""BTLM-3B-8K (remote code `BTLMLMHeadModel`; Dey et al., arXiv 2309.11568): the architecture of JAIS, see there.
+"""BTLM-3B-8K (remote code `BTLMLMHeadModel`; Dey et al., arXiv 2309.11568). It has the architecture of JAIS.
 
-Sources: flash-attention's `models/btlm.py`, which has all names of weights, and the model's README for its scaling.
+Sources: flash-attention's `models/btlm.py` for the names of weights, and the model's README for its scaling.
 """
 
 from .fields import Fields
@@ -11,5 +11,5 @@ ARCHITECTURES = ("BTLMLMHeadModel", "BTLMModel")
 
 
 def read(source: Fields) -> Plan:
-    """What the config of a BTLM means here."""
+    """Returns the plan that the config of a BTLM asks for."""
     return read_jais(source, ARCHITECTURES)

@@ -1,18 +1,18 @@
-"""The card of a converted model: that of this package for an AlibiGPT, a short one for a model of Transformers."""
+"""Writes the card of a converted model. An AlibiGPT gets the full card, a model of Transformers a short one."""
 
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
-from ..hub.model_card import CITATION, FACTS, CardArguments, conversion, model_card
+from ..hub.model_card import CITATION, FACTS, CardArguments, assemble, conversion, model_card, weights_licence
 from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM
 
 __all__ = ["FACTS", "write_card"]
 
 
 def write_card(model: PreTrainedModel, folder: Path, source_folder: Path, source: str) -> None:
-    """Writes README.md into `folder`, with the licence that the source states and what `FACTS` in `folder` records."""
+    """Writes README.md into `folder`, from the source's stated licence and the facts of the conversion in `folder`."""
     arguments = CardArguments(
         license=stated_license(source_folder), base_model=None if Path(source).is_dir() else source
     )
@@ -26,19 +26,18 @@ def write_card(model: PreTrainedModel, folder: Path, source_folder: Path, source
             license=arguments.license,
             base_model=arguments.base_model,
         )
-        licence = f"The weights: {arguments.license}." if arguments.license else "None is stated for the weights."
         sections = [
             f"# {folder.name}",
             f"## Conversion\n\n{conversion(folder)}",
-            f"## Licence\n\n{licence}",
+            f"## Licence\n\n{weights_licence(arguments.license)}",
             f"## Citation\n\n{CITATION}",
         ]
-        card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+        card = assemble(data, sections)
     card.save(folder / "README.md")
 
 
 def stated_license(folder: Path) -> str | None:
-    """The licence in the metadata of the card in `folder`."""
+    """Returns the licence in the metadata of the card in `folder`, or None."""
     try:
         return ModelCard.load(folder / "README.md").data.get("license")
     except (OSError, ValueError):

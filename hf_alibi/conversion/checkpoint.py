@@ -1,7 +1,7 @@
-"""Checkpoints on disk: weights are read one at a time, and written in files that are planned before the first is read.
+"""Reads and writes checkpoints one weight at a time. The files to write are planned before the first weight is read.
 
-A tensor of safetensors is a view of a file that is mapped into memory; when the last tensor of a mapping is gone, so
-is the memory. Files are therefore opened for each tensor: opening one costs less than a millisecond.
+A safetensors tensor is a view of a file that is mapped into memory. The memory is only freed when the last tensor of
+the mapping is gone. So the file is opened again for each tensor, which takes less than a millisecond.
 """
 
 import json
@@ -21,7 +21,7 @@ from ..hub.publish import hub_errors
 
 WEIGHTS = "model.safetensors"
 PICKLED = "pytorch_model.bin"
-# Files of a tokenizer, whatever its kind, and what generation begins with. None of them is run.
+# The generation config, and files of any kind of tokenizer. None of them contains code.
 CARRIED = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -39,10 +39,14 @@ DOCUMENTS = ("config.json", "README.md", *CARRIED)
 
 
 def locate(source: str | Path, allow_pickle: bool) -> Path:
-    """The folder of a checkpoint; one of the Hub is downloaded, without code, and without pickles if not asked for.
+    """Returns the folder of a checkpoint. One of the Hub is downloaded, without code.
+
+    Args:
+        source: A folder, or a repository of the Hub.
+        allow_pickle: Whether to download pickled weights.
 
     Raises:
-        UserError: If there is none, or the Hub cannot give it.
+        UserError: If there is no such checkpoint, or the Hub cannot be reached.
     """
     if Path(source).is_dir():
         return Path(source)
@@ -52,10 +56,10 @@ def locate(source: str | Path, allow_pickle: bool) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Returns the object in a JSON file.
 
     Raises:
-        UserError: If there is none.
+        UserError: If the file is missing, damaged, or holds something else.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -71,7 +75,7 @@ class Checkpoint:
 
     Args:
         folder: With config.json and weights, in one file or several with an index.
-        allow_pickle: Whether weights may be read from pickles, as tensors only, where there is no safetensors file.
+        allow_pickle: Whether weights may be read from pickles, as tensors only, if there is no safetensors file.
 
     Raises:
         UserError: If files are missing or damaged.
@@ -85,16 +89,14 @@ class Checkpoint:
         if self.is_pickled and not self._list(PICKLED):
             raise UserError(f"{folder} has no {WEIGHTS}, no {PICKLED} and no index of several such files")
         if self.is_pickled and not allow_pickle:
-            raise UserError(
-                f"{folder} has only pickled weights, which are read on request (allow_pickle), as tensors and "
-                "nothing else"
-            )
+            raise UserError(f"{folder} has only pickled weights; allow_pickle reads them, as tensors and nothing else")
         files = self._list(PICKLED if self.is_pickled else WEIGHTS)
         self.files: dict[str, Path] = {name: path for path in files for name in self._names(path)}
-        self.size = sum(path.stat().st_size for path in files)  # bytes
+        # In bytes.
+        self.size = sum(path.stat().st_size for path in files)
 
     def _list(self, single: str) -> list[Path]:
-        """The files of weights: the one called `single`, or those of its index."""
+        """Returns the files of weights: the one called `single`, or those in its index."""
         index = self.folder / f"{single}.index.json"
         if (self.folder / single).is_file() or not index.is_file():
             return [path for path in [self.folder / single] if path.is_file()]
@@ -114,7 +116,7 @@ class Checkpoint:
             raise UserError(f"{path} is damaged: {error}") from error
 
     def _unpickled(self, path: Path) -> dict[str, Tensor]:
-        """The tensors in a pickle, mapped into memory; the last file stays open."""
+        """Returns the tensors in a pickle, mapped into memory. The last file stays open."""
         if self._pickle is None or self._pickle[0] != path:
             try:
                 tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -127,7 +129,7 @@ class Checkpoint:
         return name in self.files
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor `name`, on the CPU, in its own dtype."""
+        """Returns the tensor `name`, on the CPU, in its own dtype."""
         path = self.files[name]
         if self.is_pickled:
             return self._unpickled(path)[name]
@@ -135,7 +137,7 @@ class Checkpoint:
             return file.get_tensor(name)
 
     def dtype(self, names: Iterable[str]) -> torch.dtype:
-        """The dtype that holds all of the tensors `names`."""
+        """Returns the dtype that holds all of the tensors `names` without rounding."""
         dtype = None
         for name in names:
             if self.is_pickled:
@@ -144,7 +146,7 @@ class Checkpoint:
                 with safe_open(self.files[name], "pt") as file:
                     this = file.get_slice(name)[:0].dtype if file.get_slice(name).get_shape() else self[name].dtype
             if not this.is_floating_point or this.itemsize < 2:
-                raise UserError(f"{name} is of dtype {this}: convert the weights before they were quantised")
+                raise UserError(f"{name} has dtype {this}: convert the checkpoint that was not quantised")
             dtype = this if dtype is None else torch.promote_types(dtype, this)
         return dtype or torch.float32
 
@@ -153,12 +155,12 @@ class Writer:
     """Writes weights as `save_pretrained` does: one file, or several with an index.
 
     Args:
-        folder: Where.
-        shapes: All tensors to come, on the meta device.
-        max_shard_size: Bytes in a file at most, as a number or like "2GB".
+        folder: Gets the files.
+        shapes: All tensors that will be added, on the meta device.
+        max_shard_size: Most bytes in a file, as a number or like "2GB".
 
     Raises:
-        UserError: If that is no size.
+        UserError: If `max_shard_size` is no size.
     """
 
     def __init__(self, folder: Path, shapes: dict[str, Tensor], max_shard_size: int | str) -> None:
@@ -174,7 +176,7 @@ class Writer:
             (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take a tensor; a file is written, and its tensors forgotten, as soon as it is complete."""
+        """Adds a tensor. As soon as all tensors of a file are there, it is written and they are dropped."""
         file = self._file_of[name]
         waiting = self._waiting[file]
         waiting[name] = tensor

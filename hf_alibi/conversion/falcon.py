@@ -1,8 +1,9 @@
 """Falcon with ALiBi: Falcon-RW, and the parallel and the new decoder (`falcon` in Transformers).
 
-The bias is divided by sqrt(head_dim) like the scores, so the slopes are. Transformers' class rounds the bias to
-bfloat16 whatever the dtype of the model, which is no part of the architecture: verification uses the formula, and
-states how far that class is from it. With `eager` that class adds the bias twice; its `sdpa` adds it once.
+Falcon divides the bias by sqrt(head_dim), as it does the scores. Conversion divides the slopes. Transformers' class
+rounds the bias to bfloat16, whatever the dtype of the model, which is no part of the architecture. So verification
+uses the formula, and states how far that class is from it. That class adds the bias twice with `eager`, and once with
+`sdpa`.
 """
 
 import math
@@ -37,9 +38,9 @@ class Layout:
         heads: Query heads.
         key_heads: Heads of keys and values.
         head_dim: Width of a head.
-        is_parallel: Whether attention and feed-forward layer have the same input.
+        is_parallel: Whether attention and feed-forward layer read the same residual stream.
         norms: Norms before a parallel layer.
-        is_grouped: Whether the fused matrix is stored by groups of heads; otherwise keys and values come last.
+        is_grouped: Whether the fused matrix is stored by groups of heads. Otherwise keys and values come last.
     """
 
     heads: int
@@ -50,7 +51,7 @@ class Layout:
     is_grouped: bool
 
     def rules(self) -> list[Rule]:
-        """The table of the weights."""
+        """Returns the table of the weights."""
         if self.is_grouped:
             split = interleaved(self.key_heads, self.head_dim)
         else:
@@ -58,7 +59,8 @@ class Layout:
         rules = [Rule(("h.{}.self_attention.query_key_value",), QKV, split), *renames(RENAMES)]
         if self.norms == 2:
             return rules + renames({"h.{}.ln_attn": INPUT_NORM, "h.{}.ln_mlp": MLP_NORM})
-        if self.is_parallel:  # one norm, which is there twice here
+        if self.is_parallel:
+            # Falcon has one norm where AlibiGPT has two equal ones.
             return [
                 *rules,
                 Rule(("h.{}.input_layernorm",), (INPUT_NORM, MLP_NORM), lambda weights: [*weights, *weights]),
@@ -73,7 +75,8 @@ def _layout(source: Fields, hidden_size: int) -> Layout:
     key_heads = source.size("num_kv_heads", "n_head_kv", default=None) or heads
     is_new = source.flag("new_decoder_architecture", default=False)
     is_multi_query = source.flag("multi_query", default=True)
-    if not is_new:  # there num_kv_heads is not read
+    if not is_new:
+        # The old decoder ignores num_kv_heads.
         key_heads = 1 if is_multi_query else heads
     is_parallel = source.flag("parallel_attn", default=True)
     if is_new and not is_parallel:
@@ -85,7 +88,7 @@ def _layout(source: Fields, hidden_size: int) -> Layout:
 
 
 def read(source: Fields) -> Plan:
-    """What the config of a Falcon means here."""
+    """Returns the plan that the config of a Falcon asks for."""
     if not source.flag("alibi", default=False):
         raise source.refusal("alibi", "only models with ALiBi can be converted, and this one is rotary")
     fields = source.common(ARCHITECTURES)
@@ -121,14 +124,16 @@ def read(source: Fields) -> Plan:
         "mlp_bias": bias,
         "qk_norm": False,
     }
-    if fields["hidden_dropout"] != fields["attention_dropout"]:  # which also drops what the attention adds there
+    if fields["hidden_dropout"] != fields["attention_dropout"]:
+        # Falcon also applies attention_dropout to the output of the attention.
         raise source.refusal(
             "hidden_dropout", f"it must equal attention_dropout, {fields['attention_dropout']}; {ONE_DROPOUT}"
         )
     source.only(
         "apply_residual_connection_post_layernorm", False, reason="here the residual stream does not pass the norms"
     )
-    source.neutral("rope_parameters", dict)  # not read with ALiBi
+    # Have no effect with ALiBi.
+    source.neutral("rope_parameters", dict)
     source.neutral("rope_theta", int, float)
     differs = ["The bias has the precision of float32. Transformers' Falcon rounds it to bfloat16 in every dtype."]
     if fields["hidden_dropout"]:
@@ -139,7 +144,7 @@ def read(source: Fields) -> Plan:
 
 
 def reference(config: dict[str, Any], read: Read, tokens: Tensor) -> Tensor:
-    """The formula of Falcon in float64: `[length]` tokens to `[length, vocab_size]` logits."""
+    """Computes Falcon in float64: from tokens `[length]` to logits `[length, vocab_size]`."""
     heads = config.get("num_attention_heads", config.get("n_head", 71))
     layers = config.get("num_hidden_layers", config.get("n_layer", 32))
     eps = config.get("layer_norm_epsilon", 1e-5)

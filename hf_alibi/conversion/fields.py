@@ -1,7 +1,7 @@
-"""A config in which every field must be understood: read, known not to matter, or refused by name and value.
+"""A config whose every field must be read, be known not to matter, or raise an error with its name and value.
 
-A file of an architecture reads the fields that it knows; `finish` refuses the rest. So a field that a fork or a later
-version has added is never dropped in silence.
+The file of an architecture reads the fields that it knows, and `finish` refuses the rest. So a field that a fork or a
+later version has added is never ignored silently.
 """
 
 from collections.abc import Collection, Mapping
@@ -14,7 +14,7 @@ from ..errors import UserError
 REQUIRED: Any = object()
 ONE_DROPOUT = "dropout acts in training only, so a copy of the config may set both to 0"
 
-# Fields of every config of Transformers that do not change what a causal language model computes.
+# Fields of any config of Transformers that do not change what a causal language model computes.
 BOOKKEEPING = {
     "_attn_implementation_autoset",
     "_commit_hash",
@@ -34,7 +34,7 @@ BOOKKEEPING = {
     "transformers_version",
     "unk_token_id",
 }
-# Fields of every config of Transformers that mean the same in ours, with their defaults.
+# Fields of any config of Transformers that mean the same in ours, with their defaults.
 CARRIED = {
     "id2label": None,
     "label2id": None,
@@ -43,18 +43,18 @@ CARRIED = {
     "problem_type": None,
     "return_dict": True,
 }
-# Old configs also hold defaults of generation.
+# Old configs also hold defaults for generation.
 GENERATION = {name for name in GenerationConfig().to_dict() if not name.endswith("_token_id")}
 GENERATION -= {"use_cache", *BOOKKEEPING, *CARRIED}
 
 
 class Fields:
-    """The fields of a config, each to be read once.
+    """The fields of a config, each of which must be read.
 
     Args:
         fields: What config.json holds.
-        owner: Whose config it is, for messages: "BLOOM", "attn_config of MPT".
-        prefix: What stands before a name in messages, for a config inside another: "attn_config.".
+        owner: The model of the config, for messages, such as "BLOOM".
+        prefix: Begins the names in messages, for a config inside another: "attn_config.".
     """
 
     def __init__(self, fields: Mapping[str, Any], owner: str, prefix: str = "") -> None:
@@ -64,7 +64,7 @@ class Fields:
         self.prefix = prefix
 
     def value(self, *names: str, default: Any = REQUIRED) -> Any:
-        """The value of the field, which may have several names; `default` if there is none of them."""
+        """Returns the value of the field, which may have several names, or `default` if it is missing."""
         present = [name for name in names if name in self._fields]
         self._unread -= set(present)
         if not present:
@@ -78,14 +78,14 @@ class Fields:
         return first
 
     def size(self, *names: str, default: Any = REQUIRED) -> Any:
-        """A positive whole number; `None` only as the default."""
+        """Returns a positive whole number, or the default."""
         value = self.value(*names, default=default)
         if value is not default and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise self.refusal(names[0], "it must be a positive whole number")
         return value
 
     def number(self, *names: str, default: Any = REQUIRED, least: float = 0.0) -> Any:
-        """A finite number of at least `least`, or `None` where that is the default."""
+        """Returns a finite number of at least `least`, or `None` if that is the default."""
         value = self.value(*names, default=default)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not (is_number and least <= value < float("inf")) and not (value is None and default is None):
@@ -93,14 +93,14 @@ class Fields:
         return value
 
     def flag(self, *names: str, default: Any = REQUIRED) -> bool:
-        """True or false."""
+        """Returns True or False."""
         value = self.value(*names, default=default)
         if not isinstance(value, bool):
             raise self.refusal(names[0], "it must be true or false")
         return value
 
     def choice(self, name: str, meanings: Mapping[Any, Any], default: Any = REQUIRED) -> Any:
-        """What the value stands for, according to `meanings`."""
+        """Returns what the value means, according to `meanings`."""
         value = self.value(name, default=default)
         for known, meaning in meanings.items():
             if type(value) is type(known) and value == known:
@@ -108,13 +108,13 @@ class Fields:
         raise self.refusal(name, f"only {', '.join(map(repr, meanings))} can be expressed")
 
     def only(self, name: str, *allowed: Any, reason: str) -> None:
-        """Refuse any value of the field but those `allowed`, of which the first one is its default."""
+        """Raises an error for any value but those `allowed`. The first one is the default."""
         value = self.value(name, default=allowed[0])
         if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
             raise self.refusal(name, reason)
 
     def token(self, name: str, default: Any = None) -> Any:
-        """A token id, several, or `None`."""
+        """Returns a token id, a list of them, or `None`."""
         value = self.value(name, default=default)
         ids = value if isinstance(value, list) else [value]
         if value is not None and not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
@@ -122,26 +122,30 @@ class Fields:
         return value
 
     def neutral(self, name: str, *kinds: type) -> None:
-        """Accept the field with any value of these types: it does not change what the model computes."""
+        """Accepts any value of these types, because the field does not change what the model computes."""
         value = self.value(name, default=None)
         if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
             raise self.refusal(name, f"it must be of type {' or '.join(kind.__name__ for kind in kinds)}")
 
     def inner(self, name: str) -> "Fields":
-        """The config inside the field `name`."""
+        """Returns the config inside the field `name`."""
         value = self.value(name, default={})
         if not isinstance(value, dict | None):
-            raise self.refusal(name, "it must be a config, with fields of its own")
+            raise self.refusal(name, "it must be an object with fields")
         return Fields(value or {}, self.owner, f"{self.prefix}{name}.")
 
     def common(self, architectures: Collection[str]) -> dict[str, Any]:
-        """Our values of the fields that every config of Transformers has; refuses what is no language model."""
+        """Returns our values of the fields that any config of Transformers may have.
+
+        Args:
+            architectures: The classes that can be converted. Others raise an error.
+        """
         for name in self.value("architectures", default=None) or []:
             if name not in architectures:
                 raise self.refusal("architectures", f"only {' or '.join(architectures)} can be converted")
         self.only("is_encoder_decoder", False, reason="an encoder has no place here")
         self.only("add_cross_attention", False, reason="cross-attention has no place here")
-        self.only("quantization_config", None, reason="convert the weights before they were quantised")
+        self.only("quantization_config", None, reason="convert the checkpoint that was not quantised")
         self.only("pruned_heads", {}, None, reason="heads that are missing have no place here")
         self._unread -= BOOKKEEPING | GENERATION
         carried = {}
@@ -154,10 +158,10 @@ class Fields:
         return carried
 
     def finish(self) -> None:
-        """Refuse the fields that nobody has read."""
+        """Raises an error for fields that have not been read."""
         for name in sorted(self._unread):
             raise self.refusal(name, "nothing is known of this field; remove it if it does not change the model")
 
     def refusal(self, name: str, reason: str) -> UserError:
-        """The error that refuses the field `name`."""
+        """Returns the error that refuses the field `name`."""
         return UserError(f"{self.owner}: {self.prefix}{name}={self._fields.get(name)!r} cannot be converted: {reason}")

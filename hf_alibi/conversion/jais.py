@@ -1,10 +1,10 @@
 """JAIS-13B and 30B (remote code `JAISLMHeadModel`; Sengupta et al., arXiv 2308.16149).
 
-GPT-2 with ALiBi, SwiGLU, whose gate is `c_fc2`, and the multipliers of the maximal update parametrisation: of the
-embeddings, of the logits, and scores divided by head_dim instead of its root. Multipliers become weights: with the
-embeddings times a, and a head that shares them, the last norm takes the output's multiplier divided by a. Matrices of
-`Conv1D` are stored transposed. Sources: vLLM's `models/jais.py` and `configs/jais.py`, and the model's
-`configuration_jais.py`.
+The model is GPT-2 with ALiBi, SwiGLU (its gate is `c_fc2`) and the maximal update parametrisation (muP): embeddings
+and logits have multipliers, and scores are divided by head_dim instead of its root. Conversion folds the multipliers
+into weights. If the head shares the embeddings, which are multiplied by a, the last norm takes the output's multiplier
+divided by a. `Conv1D` stores its matrices transposed. Sources: vLLM's `models/jais.py` and `configs/jais.py`, and the
+model's `configuration_jais.py`.
 """
 
 import math
@@ -34,7 +34,7 @@ SLOPES = "relative_pe.slopes"
 
 
 def read(source: Fields, architectures: tuple[str, ...] = ARCHITECTURES) -> Plan:
-    """What the config of a JAIS means here; that of a BTLM is the same."""
+    """Returns the plan that the config of a JAIS, or of a BTLM, asks for."""
     fields = source.common(architectures)
     source.choice("position_embedding_type", {"alibi": True}, default="learned")
     hidden_size = source.size("n_embd", "hidden_size", default=768)
@@ -74,15 +74,17 @@ def read(source: Fields, architectures: tuple[str, ...] = ARCHITECTURES) -> Plan
         raise source.refusal("embd_pdrop", f"it must equal resid_pdrop, {fields['hidden_dropout']}; {ONE_DROPOUT}")
     source.only("scale_attn_weights", True, reason="scores are always scaled here")
     source.only("scale_attn_by_inverse_layer_idx", False, reason="all layers scale their scores alike here")
-    source.neutral("reorder_and_upcast_attn", bool)  # only a precision
+    # Only changes the precision.
+    source.neutral("reorder_and_upcast_attn", bool)
     source.neutral("mup", bool)
     for name in ("type", "first_dropout", "proj_to_labels", "use_proj", "activation"):
-        source.neutral(f"summary_{name}", str, float, bool)  # of heads that are not converted
+        # Belongs to heads that are not converted.
+        source.neutral(f"summary_{name}", str, float, bool)
     return _plan(source, fields)
 
 
 def _scaling(source: Fields) -> tuple[dict[str, Any] | None, int]:
-    """`alibi_scaling` here, and the training length: there, a linear scaling with `train_seq_len` is dynamic."""
+    """Returns `alibi_scaling` and the training length. JAIS calls a dynamic scaling linear with a `train_seq_len`."""
     length = source.size("n_positions", "max_position_embeddings", default=1024)
     value = source.value("alibi_scaling", default=None)
     match value:
@@ -96,7 +98,10 @@ def _scaling(source: Fields) -> tuple[dict[str, Any] | None, int]:
 
 
 def _multipliers(source: Fields) -> tuple[float, float, bool]:
-    """Of the embeddings and of the logits, and whether scores are divided by head_dim; 13B names them otherwise."""
+    """Returns the multipliers of embeddings and logits, and whether scores are divided by head_dim.
+
+    The config of JAIS-13B has other names for them.
+    """
     embeddings = source.number("mup_embeddings_scale", "embeddings_scale", default=1.0)
     width = source.number("mup_width_scale", default=1.0)
     alpha = source.number("mup_output_alpha", default=1.0)
@@ -126,7 +131,7 @@ def _plan(source: Fields, fields: dict[str, Any]) -> Plan:
     ]
     folded = []
     if embeddings != 1:
-        folded.append(f"The multiplier of the embeddings, {embeddings:g}, is in them.")
+        folded.append(f"The multiplier of the embeddings, {embeddings:g}, is in the embeddings.")
     if last != 1:
         folded.append(f"The multiplier of the logits, {logits:g}, is in the last norm.")
     if is_divided_by_dim:
@@ -145,7 +150,7 @@ def _plan(source: Fields, fields: dict[str, Any]) -> Plan:
 
 
 def reference(config: dict[str, Any], read: Read, tokens: Tensor) -> Tensor:
-    """The formula of JAIS and BTLM in float64: `[length]` tokens to `[length, vocab_size]` logits."""
+    """Computes JAIS and BTLM in float64: from tokens `[length]` to logits `[length, vocab_size]`."""
     heads, eps = config.get("n_head", 12), config.get("layer_norm_epsilon", 1e-5)
     by_dim = config.get("mup_scale_qk_dot_by_d", config.get("scale_qk_dot_by_d", False))
     output = config.get("mup_output_alpha", 1.0) * config.get("mup_width_scale", 1.0)

@@ -1,11 +1,11 @@
-"""MPT, with the config of Transformers and with that of llm-foundry, in which its checkpoints were trained.
+"""MPT, with the config of Transformers or of llm-foundry, which trained its checkpoints.
 
-LayerNorm without bias, exact GELU, no biases unless `no_bias=False`, queries, keys and values in one matrix one after
-the other, clipped at `clip_qkv`. Source: github.com/mosaicml/llm-foundry, `models/mpt` and `models/layers`.
+MPT has LayerNorm without bias, exact GELU, and no biases unless `no_bias=False`. Queries, keys and values are stacked
+in one matrix and clipped at `clip_qkv`. Source: github.com/mosaicml/llm-foundry, `models/mpt` and `models/layers`.
 
 Transformers' class ignores `alibi_bias_max`, `expansion_ratio`, `logit_scale`, `no_bias=False`, `norm_type`,
-`attn_type` and the fields of llm-foundry. Here they mean what they meant in training, and a model that has one of them
-is compared with the formula instead of that class.
+`attn_type` and the fields of llm-foundry. Here they have the same meaning as in training, and a model that uses one of
+them is compared with the formula instead of that class.
 """
 
 import math
@@ -47,7 +47,7 @@ ACTIVATIONS = {
 
 
 def read(source: Fields) -> Plan:
-    """What the config of an MPT means here, by the rules of llm-foundry."""
+    """Returns the plan that the config of an MPT asks for, by the rules of llm-foundry."""
     fields = source.common(ARCHITECTURES)
     hidden_size = source.size("d_model", "hidden_size", default=2048)
     no_bias = source.flag("no_bias", default=True)
@@ -89,8 +89,10 @@ def read(source: Fields) -> Plan:
     source.only("final_logit_softcapping", None, reason="logits are not capped here")
     source.only("block_overrides", None, reason="all layers are alike here")
     for name, kind in {"learned_pos_emb": bool, "verbose": int, "init_device": str, "init_config": dict}.items():
-        source.neutral(name, kind)  # with ALiBi no position embedding is made
-    source.neutral("residual_coeff", float)  # only read by a residual_modification
+        # learned_pos_emb has no effect with ALiBi.
+        source.neutral(name, kind)
+    # Only a residual_modification uses it.
+    source.neutral("residual_coeff", float)
     source.neutral("use_pad_tok_in_ffn", bool)
     source.neutral("name", str)
     source.neutral("loss_fn", str)
@@ -119,7 +121,7 @@ def _feed_forward(source: Fields, default_size: int) -> dict[str, Any]:
 
 
 def _attention(source: Fields, fields: dict[str, Any]) -> dict[str, Any]:
-    """Reads all fields but softmax_scale and fused_qkv, which concern the weights."""
+    """Reads all fields of `attn_config` but softmax_scale and fused_qkv, which concern the weights."""
     heads = fields["num_attention_heads"]
     kinds = {"multihead_attention": heads, "multiquery_attention": 1, "grouped_query_attention": None}
     key_heads = source.choice("attn_type", kinds, default="multihead_attention")
@@ -141,14 +143,16 @@ def _attention(source: Fields, fields: dict[str, Any]) -> dict[str, Any]:
     source.only("flex_attn_mod_list", [], None, reason="scores are not modified here")
     source.only("reuse_kv_layer_idx", None, reason="each layer has keys of its own here")
     for name in ("rope_theta", "rope_impl", "rope_dail_config", "rope_hf_config"):
-        source.neutral(name, int, float, str, dict)  # not read without rope
+        # Has no effect without rope.
+        source.neutral(name, int, float, str, dict)
     source.neutral("attn_impl", str)
     source.common(())
     return {
         "num_key_value_heads": key_heads or own,
         "attention_dropout": source.number("attn_pdrop", default=0.0),
         "alibi_max_bias": source.number("alibi_bias_max", default=8),
-        "clip_qkv": source.number("clip_qkv", default=None) or None,  # 0 means none
+        # 0 means no clipping.
+        "clip_qkv": source.number("clip_qkv", default=None) or None,
     }
 
 
@@ -160,7 +164,7 @@ def _plan(fields: dict[str, Any], scale: float | None, logit_scale: float | None
         query_factor = 1.0
     elif fields["clip_qkv"] is not None:
         raise Fields({"softmax_scale": scale}, "MPT", "attn_config.").refusal(
-            "softmax_scale", "with clip_qkv only 1 / sqrt(head_dim) can be expressed, as the clipping comes between"
+            "softmax_scale", "with clip_qkv it must be 1 / sqrt(head_dim): a scale in the projections would be clipped"
         )
     split = stacked(fields["hidden_size"], key_size, key_size)
     if fused:
@@ -175,7 +179,8 @@ def _plan(fields: dict[str, Any], scale: float | None, logit_scale: float | None
         folded.append(f"softmax_scale {scale:g} is in the query projections.")
     if logit_scale not in (None, 1):
         folded.append(f"logit_scale {logit_scale:g} is in the last norm.")
-    is_heeded = (  # by the class of Transformers, which also refuses an attn_pdrop of 0.0
+    # Whether the class of Transformers computes this model. It accepts attn_pdrop=0, but not 0.0.
+    is_heeded = (
         isinstance(fields["attention_dropout"], int)
         and not fields["attention_bias"]
         and fields["norm_type"] == "layernorm"
@@ -188,7 +193,7 @@ def _plan(fields: dict[str, Any], scale: float | None, logit_scale: float | None
     )
     differs = []
     if fields["pad_token_id"] is not None:
-        differs.append("In training, the embedding of the padding token stays as it is.")
+        differs.append("In training, the embedding of the padding token is not changed.")
     return Plan(
         fields,
         rules,
@@ -200,7 +205,7 @@ def _plan(fields: dict[str, Any], scale: float | None, logit_scale: float | None
 
 
 def reference(config: dict[str, Any], read: Read, tokens: Tensor) -> Tensor:
-    """llm-foundry's MPT in float64: `[length]` tokens to `[length, vocab_size]` logits."""
+    """Computes llm-foundry's MPT in float64: from tokens `[length]` to logits `[length, vocab_size]`."""
     attn, ffn = config.get("attn_config") or {}, config.get("ffn_config") or {}
     width, heads = config.get("d_model", 2048), config.get("n_heads", 16)
     key_heads = {"multiquery_attention": 1}.get(attn.get("attn_type", ""), attn.get("kv_n_heads") or heads)
@@ -247,7 +252,7 @@ def reference(config: dict[str, Any], read: Read, tokens: Tensor) -> Tensor:
 
 
 def write(config: AlibiGPTConfig, ours: Fields) -> Plan:
-    """The config of Transformers' MPT that computes the same; refuses what that class does not compute."""
+    """Returns the plan for the equal MPT of Transformers. Raises `UserError` for what that class cannot compute."""
     fields = ours.common(("AlibiGPTForCausalLM",))
     for name, value in {
         "num_key_value_heads": config.num_attention_heads,
@@ -268,7 +273,7 @@ def write(config: AlibiGPTConfig, ours: Fields) -> Plan:
         "use_parallel_residual": False,
     }.items():
         ours.only(name, value, reason=f"Transformers' MPT needs a model trained with {name}={value!r}")
-    ours.only("attention_dropout", 0, reason="the config of Transformers' MPT holds no fraction")
+    ours.only("attention_dropout", 0, reason="the config of Transformers' MPT only accepts whole numbers")
     attention = {"clip_qkv": ours.number("clip_qkv", default=None), "alibi": True}
     fields |= {
         "vocab_size": ours.size("vocab_size"),
@@ -287,6 +292,7 @@ def write(config: AlibiGPTConfig, ours: Fields) -> Plan:
         "pad_token_id": ours.token("pad_token_id"),
         "attn_config": attention,
     }
-    ours.number("window_tolerance")  # MPT looks at every key, which changes nothing but the time
+    # MPT attends to every key, which changes the time but not the result.
+    ours.number("window_tolerance")
     rules = [Rule(("blocks.{}.attn.Wqkv",), QKV, back=joined), *renames(RENAMES | {"norm_f": "model.norm"})]
     return Plan(fields, rules, prefix=PREFIX)

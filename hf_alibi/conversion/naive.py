@@ -1,6 +1,6 @@
-"""The parts that the formulas of all these models are written with, in float64 and as plainly as possible.
+"""The building blocks of the models' formulas, in float64 and as plain as possible.
 
-They share nothing with the model of this package, so that a comparison is one of two programs.
+They share no code with this package's model, so that an error in one of them shows in a comparison.
 """
 
 import math
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def slopes(heads: int, max_bias: float = 8.0) -> Tensor:
-    """The slopes of the paper, section 3, `[heads]`; with `alibi_bias_max` of MPT in place of 8."""
+    """Returns the slopes of section 3 of the paper, `[heads]`. MPT's `alibi_bias_max` replaces the 8."""
     power = 2 ** math.floor(math.log2(heads))
     first = 2.0 ** (-max_bias * torch.arange(1, power + 1, dtype=torch.float64) / power)
     between = 2.0 ** (-max_bias * torch.arange(1, 2 * power + 1, 2, dtype=torch.float64) / (2 * power))
@@ -19,12 +19,12 @@ def slopes(heads: int, max_bias: float = 8.0) -> Tensor:
 
 
 def attention(qkv: Sequence[Tensor], slope: Tensor, scale: float) -> Tensor:
-    """Causal attention with ALiBi over one text.
+    """Computes causal attention with ALiBi over one text.
 
     Args:
         qkv: Queries `[length, heads, head_dim]`, keys and values `[length, key_value_heads, head_dim]`.
         slope: `[heads]`.
-        scale: Factor of the dot products.
+        scale: Multiplies the dot products.
 
     Returns:
         `[length, heads * head_dim]`.
@@ -39,17 +39,17 @@ def attention(qkv: Sequence[Tensor], slope: Tensor, scale: float) -> Tensor:
 
 
 def layer_norm(states: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """LayerNorm: (x - mean) / sqrt(variance + eps), times weight, plus bias."""
+    """Computes LayerNorm: (x - mean) / sqrt(variance + eps), times weight, plus bias."""
     centred = states - states.mean(-1, keepdim=True)
     normed = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight
     return normed if bias is None else normed + bias
 
 
 def rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm: x / sqrt(mean square + eps), times weight."""
+    """Computes RMSNorm: x / sqrt(mean square + eps), times weight."""
     return states / (states.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
 def silu(states: Tensor) -> Tensor:
-    """SiLU: x / (1 + e^-x)."""
+    """Computes SiLU: x / (1 + e^-x)."""
     return states * states.sigmoid()

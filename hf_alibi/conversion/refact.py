@@ -1,8 +1,8 @@
 """Refact-1.6B (remote code `GPTRefactForCausalLM` of smallcloudai).
 
-LayerNorm without bias (llama.cpp takes it for RMSNorm, which is another model), SwiGLU whose two matrices are stored
-one after the other, gate first, one head of keys and values, stored likewise, no biases, a head of its own. Sources:
-llama.cpp's `convert_hf_to_gguf.py`, which has the names, and the model's first code, which has the formula.
+Refact has LayerNorm without bias (llama.cpp takes it for RMSNorm, which computes something else), one key-value head,
+no biases, and a head that is not tied to the embedding. SwiGLU's two matrices are stacked, gate first; so are keys and
+values. Sources: llama.cpp's `convert_hf_to_gguf.py` for the names, and the model's first code for the formula.
 """
 
 from typing import Any
@@ -26,12 +26,12 @@ RENAMES = {
 
 
 def inner_size(width: int) -> int:
-    """Rows of the gate for a feed-forward layer nominally so wide: two thirds, up to a multiple of 256."""
+    """Returns the rows of the gate in a layer of nominal `width`: two thirds, rounded up to a multiple of 256."""
     return -(-int(2 * width / 3) // 256) * 256
 
 
 def read(source: Fields) -> Plan:
-    """What the config of a Refact means here."""
+    """Returns the plan that the config of a Refact asks for."""
     fields = source.common(ARCHITECTURES)
     hidden_size = source.size("n_embd", "hidden_size", default=2048)
     heads = source.size("n_head", "num_attention_heads", default=32)
@@ -43,9 +43,11 @@ def read(source: Fields) -> Plan:
     source.only("scale_attn_weights", True, reason="scores are always scaled here")
     source.only("activation_function", None, "silu", reason="a Refact is made with silu")
     for name in ("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "attention_bias_in_fp32"):
-        source.neutral(name, bool)  # only a precision
+        # Only changes the precision.
+        source.neutral(name, bool)
     for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
-        source.number(name, default=0.0)  # no dropout in its code
+        # The model's code has no dropout.
+        source.number(name, default=0.0)
     fields |= {
         "vocab_size": source.size("vocab_size", default=49216),
         "hidden_size": hidden_size,
@@ -75,7 +77,7 @@ def read(source: Fields) -> Plan:
 
 
 def reference(config: dict[str, Any], read: Read, tokens: Tensor) -> Tensor:
-    """The formula of Refact in float64: `[length]` tokens to `[length, vocab_size]` logits."""
+    """Computes Refact in float64: from tokens `[length]` to logits `[length, vocab_size]`."""
     heads, eps = config.get("n_head", 32), config.get("layer_norm_epsilon", 1e-5)
     states = read("wte.weight")[tokens]
     head_dim = states.shape[-1] // heads

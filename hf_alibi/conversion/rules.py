@@ -1,4 +1,4 @@
-"""How an architecture is told apart from ours: a table of weights, and what a rule of that table can do."""
+"""The plan of a conversion: the new config, the table of weights, and the functions that map weights."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -8,24 +8,27 @@ import torch
 from torch import Tensor
 
 Weights = list[Tensor]
-Read = Callable[[str], Tensor]  # the weight of a name
-Reference = Callable[[dict[str, Any], Read, Tensor], Tensor]  # config, weights, tokens [length] -> logits, float64
+# Returns the weight of a name.
+Read = Callable[[str], Tensor]
+# Maps a config, its weights and tokens [length] to logits [length, vocab_size] in float64.
+Reference = Callable[[dict[str, Any], Read, Tensor], Tensor]
 
 
 def same(weights: Weights) -> Weights:
-    """The weights as they are."""
+    """Returns the weights unchanged."""
     return weights
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Weights of one side, and the weights of the other side that hold the same.
+    """A line of the table: modules of the other model, and our modules with the same weights.
 
     Attributes:
-        theirs: Names of modules there, with `{}` for the number of the layer. A rule serves their weight and bias.
-        ours: Names of modules here.
+        theirs: Names of the other model's modules, with `{}` for the number of the layer. The rule covers the weight
+            and the bias of each.
+        ours: Names of our modules.
         function: Maps the weights, or the biases, of `theirs` to those of `ours`.
-        back: Maps those of `ours` to those of `theirs`; only used on the way out.
+        back: Maps those of `ours` to those of `theirs`, to convert an AlibiGPT.
     """
 
     theirs: tuple[str, ...]
@@ -35,25 +38,24 @@ class Rule:
 
     @property
     def is_of_layer(self) -> bool:
-        """Whether there is one for each layer."""
+        """Whether the modules exist in each layer."""
         return "{}" in self.theirs[0]
 
 
 @dataclass
 class Plan:
-    """What becomes of a config and the weights that it describes.
+    """How to convert the config and the weights of a checkpoint.
 
     Attributes:
-        fields: The fields of the config on the other side.
+        fields: The fields of the new config.
         rules: The table of the weights.
-        ignored: Regular expressions of the names of tensors that hold no weights: masks, slopes.
-        prefix: What names of tensors have in front in a language model, and lack in a decoder without its head.
-        folded: What was multiplied into weights, a sentence each. Such weights are no copies.
-        differs: What the converted model does otherwise than its source, a sentence each.
-        reference: The source's formula in float64, where Transformers has no class for it, or none that heeds this
-            config.
-        is_near_class: Whether, though there is a formula, Transformers' class is near enough to be compared as well.
-        checks: Names of tensors that are not taken, with what they must hold.
+        ignored: Regular expressions for names of tensors that hold no weights, such as masks.
+        prefix: Begins the names of tensors in a language model, and is missing in a decoder without head.
+        folded: A sentence for each factor that was multiplied into weights. Such weights are not copies.
+        differs: A sentence for each difference between the converted model and its source.
+        reference: The source's formula in float64, if Transformers has no class that follows this config.
+        is_near_class: Whether the difference from Transformers' class is stated as well, though there is a formula.
+        checks: Values of tensors that are not converted, by name. Other values raise an error.
     """
 
     fields: dict[str, Any]
@@ -68,22 +70,28 @@ class Plan:
 
 
 def renames(table: dict[str, str]) -> list[Rule]:
-    """Rules for weights that only have another name; keys are theirs."""
+    """Returns rules for modules that only have another name. Keys are their names, values ours."""
     return [Rule((theirs,), (ours,)) for theirs, ours in table.items()]
 
 
 def transposes(table: dict[str, str]) -> list[Rule]:
-    """Rules for the `Conv1D` of GPT-2, a linear layer that holds its matrix transposed."""
+    """Returns rules for GPT-2's `Conv1D`, a linear layer that stores its matrix transposed."""
     return [Rule((theirs,), (ours,), transposed) for theirs, ours in table.items()]
 
 
 def transposed(weights: Weights) -> Weights:
-    """Matrices transposed, biases as they are."""
+    """Returns matrices transposed, and biases unchanged."""
     return [weight.t() if weight.ndim == 2 else weight for weight in weights]
 
 
 def scaled(factor: float, before: Callable[[Weights], Weights] = same, which: Sequence[int] = (0,)) -> Callable:
-    """A map that multiplies the outputs numbered `which` of `before` by `factor`, in float32."""
+    """Returns a function that multiplies some outputs of `before` by `factor`, in float32.
+
+    Args:
+        factor: With 1, outputs are unchanged and keep their dtype.
+        before: Applied first.
+        which: Indices of the outputs to multiply.
+    """
 
     def scale(weights: Weights) -> Weights:
         outputs = before(weights)
@@ -102,17 +110,17 @@ GATE_UP = ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj")
 
 
 def stacked(*sizes: int) -> Callable[[Weights], Weights]:
-    """A map from one matrix, or bias, to its blocks of so many rows."""
+    """Returns a function that splits one matrix or bias into blocks of `sizes` rows."""
     return lambda weights: list(weights[0].split(sizes))
 
 
 def joined(weights: Weights) -> Weights:
-    """The way back from `stacked`."""
+    """Joins what `stacked` splits."""
     return [torch.cat(weights)]
 
 
 def interleaved(groups: int, head_dim: int) -> Callable[[Weights], Weights]:
-    """A map from queries, keys and values stored by groups of heads: `[group, queries + key + value, ...]`."""
+    """Returns a function that splits a matrix stored by groups of heads, `[group, queries + key + value, ...]`."""
 
     def split(weights: Weights) -> Weights:
         rows = weights[0].unflatten(0, (groups, -1, head_dim))
@@ -122,7 +130,7 @@ def interleaved(groups: int, head_dim: int) -> Callable[[Weights], Weights]:
 
 
 def interleaved_back(groups: int, head_dim: int) -> Callable[[Weights], Weights]:
-    """The way back from `interleaved`."""
+    """Returns a function that joins what `interleaved` splits."""
 
     def join(weights: Weights) -> Weights:
         return [torch.cat([weight.unflatten(0, (groups, -1, head_dim)) for weight in weights], 1).flatten(0, 2)]

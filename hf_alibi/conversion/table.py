@@ -1,4 +1,4 @@
-"""From the rules of an architecture to steps: these tensors of this checkpoint become those of the other one."""
+"""Turns the rules of an architecture into steps, each of which reads some tensors and writes some others."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..tables import some_of
 from .checkpoint import Checkpoint
 from .rules import Plan, Rule, Weights
 
@@ -16,12 +17,12 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class Step:
-    """Tensors that are read together, and what is written from them; names are those in the files.
+    """Tensors that are read together, and the tensors that are made from them. Names are those in the files.
 
     Attributes:
-        sources: To read; none for tensors that are zero.
+        sources: To read. Empty for tensors that become zero.
         targets: To write.
-        function: From the first to the second.
+        function: Maps the sources to the targets.
     """
 
     sources: tuple[str, ...]
@@ -30,7 +31,7 @@ class Step:
 
 
 def plain_names(names: Iterable[str], prefix: str) -> dict[str, str]:
-    """The names as they are in files, by what they are without `prefix`."""
+    """Returns the names in the files, by the same names without `prefix`."""
     plain: dict[str, str] = {}
     for name in names:
         short = name.removeprefix(prefix)
@@ -41,17 +42,17 @@ def plain_names(names: Iterable[str], prefix: str) -> dict[str, str]:
 
 
 def steps(plan: Plan, checkpoint: Checkpoint, shapes: dict[str, Tensor], layers: int, outward: bool) -> list[Step]:
-    """The steps that write all tensors of `shapes` from all tensors of `checkpoint`.
+    """Returns the steps that write all tensors of `shapes` from all tensors of `checkpoint`.
 
     Args:
-        plan: With the rules.
-        checkpoint: To read from.
-        shapes: What the new model holds, a shared head not among it, on the meta device.
+        plan: Has the rules.
+        checkpoint: The source.
+        shapes: All tensors of the new model but a shared head, on the meta device.
         layers: Number of layers.
-        outward: Whether the checkpoint is ours, and the new model theirs.
+        outward: Whether an AlibiGPT is converted to another model, and not the other way round.
 
     Raises:
-        UserError: If weights are missing, or there are some that no rule reads.
+        UserError: If weights are missing, or no rule reads some of them.
     """
     there = plain_names(checkpoint.files, "" if outward else plan.prefix)
     here = plain_names(shapes, plan.prefix if outward else "")
@@ -67,11 +68,11 @@ def steps(plan: Plan, checkpoint: Checkpoint, shapes: dict[str, Tensor], layers:
     unread = {short: name for short, name in unread.items() if not any(re.fullmatch(p, short) for p in plan.ignored)}
     if unread:
         raise UserError(
-            f"{checkpoint.folder} holds weights that its config has no place for: {_some(unread.values())}"
+            f"{checkpoint.folder} holds weights that its config has no place for: {some_of(unread.values())}"
         )
     unwritten = set(shapes) - {name for step in found for name in step.targets}
     if unwritten:
-        raise UserError(f"{checkpoint.folder} has nothing for {_some(unwritten)}")
+        raise UserError(f"{checkpoint.folder} has nothing for {some_of(unwritten)}")
     for short, expected in plan.checks.items():
         if short in there:
             _check(there[short], checkpoint[there[short]], expected)
@@ -79,14 +80,14 @@ def steps(plan: Plan, checkpoint: Checkpoint, shapes: dict[str, Tensor], layers:
 
 
 def _turned(rule: Rule) -> Rule:
-    """The rule read from right to left."""
+    """Returns the rule for the opposite direction."""
     return Rule(rule.ours, rule.theirs, rule.back, rule.function)
 
 
 def _steps_of(
     rule: Rule, there: dict[str, str], here: dict[str, str], shapes: dict[str, Tensor], layers: int
 ) -> Iterator[Step]:
-    """The steps of one rule: for each layer, its weights and its biases."""
+    """Yields the steps of one rule: for each layer, weights and biases."""
     for layer in range(layers) if rule.is_of_layer else [0]:
         for suffix in ("weight", "bias"):
             sources = [f"{name.format(layer)}.{suffix}" for name in rule.theirs]
@@ -96,10 +97,11 @@ def _steps_of(
             if not missing and len(wanted) == len(targets):
                 yield Step(tuple(there[name] for name in sources), tuple(wanted), rule.function)
             elif len(missing) == len(sources) and suffix == "bias":
-                if wanted:  # a bias that is missing there is zero here
+                if wanted:
+                    # A bias that the source lacks is zero.
                     yield Step((), tuple(wanted), _zeros(shapes, wanted))
             elif missing and wanted:
-                raise UserError(f"the checkpoint lacks {_some(missing)}, which its config asks for")
+                raise UserError(f"the checkpoint lacks {some_of(missing)}, which its config asks for")
 
 
 def _zeros(shapes: dict[str, Tensor], names: list[str]) -> Callable[[Weights], Weights]:
@@ -107,7 +109,7 @@ def _zeros(shapes: dict[str, Tensor], names: list[str]) -> Callable[[Weights], W
 
 
 def _check_shared_head(checkpoint: Checkpoint, there: dict[str, str], rules: list[Rule]) -> None:
-    """Refuse a head that is not what the config says it is: the embedding."""
+    """Raises an error if a head is not the embedding, though the config says so."""
     embedding = next(
         rule.theirs[0] for rule in rules if "embed_tokens" in rule.ours[0] or "embed_tokens" in rule.theirs[0]
     )
@@ -119,14 +121,7 @@ def _check_shared_head(checkpoint: Checkpoint, there: dict[str, str], rules: lis
 
 
 def _check(name: str, found: Tensor, expected: Tensor) -> None:
-    """Refuse a tensor that differs from `expected` by more than the rounding of its dtype."""
+    """Raises an error for a tensor that differs from `expected` by more than the rounding of its dtype."""
     rounding = torch.finfo(found.dtype).eps if found.dtype.is_floating_point else 0.0
     if found.numel() != expected.numel() or ((found.flatten() - expected).abs() > rounding * expected).any():
         raise UserError(f"{name} holds {found.flatten().tolist()}, where {expected.tolist()} was expected")
-
-
-def _some(names: Iterable[str]) -> str:
-    """A few of many `names`, and how many there are."""
-    ordered = sorted(names)
-    shown = ", ".join(ordered[:3])
-    return shown if len(ordered) <= 3 else f"{shown}, … ({len(ordered)} in all)"

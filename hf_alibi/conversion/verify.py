@@ -1,8 +1,8 @@
-"""Whether a converted model computes what its source does: logits of a text, whole, padded and from a cache.
+"""Verifies that a converted model computes what its source does, by the logits of a whole, padded and cached text.
 
-The source is run as Transformers' own class where there is one that heeds the config, otherwise as its formula in
-float64. Both models compute in float32 whatever the dtype of their weights, and one after the other, so that the
-weights are in memory once. A layer's weights are cast for the time of its call, and then are what they were.
+The source runs as Transformers' own class if that follows the config, otherwise as its formula in float64. Models
+compute in float32, whatever the dtype of their weights, and one after the other, so that only one is in memory. A
+layer's weights are cast during its call and restored afterwards.
 """
 
 import gc
@@ -25,11 +25,13 @@ from .checkpoint import Checkpoint
 from .rules import Plan
 from .table import plain_names
 
-# A wrong conversion is off by a hundredth of the largest logit at least; the rounding of float32 by a few millionths.
+# As a fraction of the largest logit. Wrong conversions differ by at least a hundredth, float32 rounding by a few
+# millionths.
 TOLERANCE = 1e-4
 MAX_TOKENS = 256
-PADDING = 11  # tokens
-DECODED = 8  # tokens
+# Tokens of padding, and tokens that are decoded from a cache.
+PADDING = 11
+DECODED = 8
 MIN_TOKENS = 2 * (PADDING + DECODED)
 
 # The beginning of "Alice's Adventures in Wonderland" (Lewis Carroll, 1865), which is in the public domain.
@@ -52,13 +54,13 @@ class Verification:
     """How far the logits of a converted model are from those of its source.
 
     Attributes:
-        against: What the source was run as.
+        against: How the source was run.
         num_tokens: Length of the text.
-        text: What the text was, and how it became tokens.
-        full: Largest difference of a pass over the text, over the largest logit.
-        padded: That of a shorter text in the same batch, padded on the left.
-        cached: That of tokens one by one, from a cache.
-        other: Differences that are stated and not judged, by what they are from.
+        text: What the text was, and how it was tokenized.
+        full: Largest difference in a pass over the whole text, over the largest logit.
+        padded: The same for a batch with a shorter text, padded on the left.
+        cached: The same for tokens decoded one by one from a cache.
+        other: Differences from other runs of the source, which are stated but not checked, by the name of the run.
     """
 
     against: str
@@ -71,12 +73,12 @@ class Verification:
 
     @property
     def largest(self) -> float:
-        """The largest of the differences that are judged."""
+        """The largest of the differences that are checked."""
         return max(self.full, self.padded, self.cached)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase | None, text: str, vocab_size: int) -> tuple[Tensor, str]:
-    """Tokens `[length]` of `text`, at most `MAX_TOKENS`, and how they were made: if need be, from its bytes."""
+    """Returns up to `MAX_TOKENS` tokens of `text`, `[length]`, and what made them: the tokenizer, or the bytes."""
     if tokenizer is not None:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:MAX_TOKENS]
         if ids and max(ids) < vocab_size:
@@ -86,7 +88,12 @@ def encode(tokenizer: PreTrainedTokenizerBase | None, text: str, vocab_size: int
 
 @torch.no_grad()
 def source_logits(plan: Plan, checkpoint: Checkpoint, tokens: Tensor) -> tuple[Tensor, str, dict[str, Tensor]]:
-    """The source's logits `[length, vocab_size]`, from what, and further ones that are only near them."""
+    """Returns the logits of the source.
+
+    Returns:
+        The logits `[length, vocab_size]`, how they were computed, and logits of Transformers' class where that is
+        close to the source but not equal, by the class's name.
+    """
     other = {}
     if plan.reference is None or plan.is_near_class:
         logits, name = class_logits(checkpoint, tokens)
@@ -99,7 +106,7 @@ def source_logits(plan: Plan, checkpoint: Checkpoint, tokens: Tensor) -> tuple[T
 
 
 def class_logits(checkpoint: Checkpoint, tokens: Tensor) -> tuple[Tensor, str]:
-    """The logits of the checkpoint in Transformers' class of its architecture, and the name of that."""
+    """Returns the logits of the checkpoint in Transformers' class of its architecture, and the name of that class."""
     try:
         model = load(checkpoint.folder, use_safetensors=not checkpoint.is_pickled)
     except LOADING_ERRORS as error:
@@ -114,7 +121,7 @@ def class_logits(checkpoint: Checkpoint, tokens: Tensor) -> tuple[Tensor, str]:
 
 @torch.no_grad()
 def compare(model: PreTrainedModel, tokens: Tensor, logits: Tensor) -> tuple[float, float, float]:
-    """How far `model` is from `logits`: full, padded and cached, as `Verification` has it."""
+    """Returns how far `model` is from `logits`: `full`, `padded` and `cached` of `Verification`."""
     scale = logits.abs().max().double()
 
     def error(found: Tensor, rows: slice) -> float:
@@ -146,11 +153,11 @@ def verify(
         checkpoint: The source.
         target: Folder of the converted model.
         tokens: `[length]`.
-        text: What they are.
-        is_exact: Whether the weights were written in a dtype that holds them.
+        text: Describes them.
+        is_exact: Whether the weights were written without rounding.
 
     Raises:
-        UserError: If the weights are exact and the logits are not.
+        UserError: If the weights were not rounded and the logits still differ.
     """
     logits, against, others = source_logits(plan, checkpoint, tokens)
     model = load(target)
@@ -160,14 +167,14 @@ def verify(
     result = Verification(against, len(tokens), text, *errors, other)
     if is_exact and not result.largest <= TOLERANCE:
         raise UserError(
-            f"the converted model is not its source: logits differ from {against} by {result.full:.1g} of the "
+            f"the converted model does not equal its source: logits differ from {against} by {result.full:.1g} of the "
             f"largest, {result.padded:.1g} with padding and {result.cached:.1g} from a cache"
         )
     return model, result
 
 
 def load(folder: Path, **kwargs: Any) -> Any:
-    """The language model in `folder`, in the dtype of its weights; only the code of installed packages is run."""
+    """Returns the language model in `folder`, in the dtype of its weights. Only installed code is run."""
     options = {"use_safetensors": True} | kwargs
     with quiet_transformers():
         return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options).eval()
@@ -175,7 +182,7 @@ def load(folder: Path, **kwargs: Any) -> Any:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keeps Transformers' bars and its reports below errors from the terminal."""
+    """Silences Transformers' progress bars and all reports but errors."""
     verbosity, has_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -189,7 +196,7 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def computing_in_float32(model: nn.Module) -> Iterator[None]:
-    """Casts the weights of each module to float32 for the time of its call, and then puts back the very same ones."""
+    """Casts the weights of each module to float32 during its call, and restores the original tensors afterwards."""
     saved: dict[nn.Module, list[Tensor]] = {}
 
     def cast(module: nn.Module, args: Any) -> None:

@@ -1,11 +1,11 @@
 """Perplexity as a metric of the `evaluate` library.
 
-The library's own perplexity is downloaded from the Hub and loads a model by its id; this one needs no network and
-takes the model as an object::
+The library's own perplexity is downloaded from the Hub and loads a model by its id. This one needs no network, and
+takes a model object:
 
     Perplexity().compute(predictions=texts, model=model, tokenizer=tokenizer, max_length=1024, stride=256)
 
-It is a module apart because it needs two more packages, `datasets` and `evaluate`.
+It has a module of its own because it needs two more packages, `datasets` and `evaluate`.
 """
 
 from typing import Any
@@ -21,20 +21,20 @@ from .perplexity import bits_per_byte, encode_stream, token_nats
 DESCRIPTION = "Perplexity of text under a causal language model, given as an object."
 INPUTS_DESCRIPTION = """
 Args:
-    predictions: documents, as texts or as lists of token ids; texts are joined by end-of-sequence tokens.
-    model: any causal language model of Transformers.
-    tokenizer: of the model; not needed for token ids, but without it there are no bits per byte.
-    max_length: length of the windows, in tokens; one shorter window if the documents have fewer.
-    stride: tokens between the starts of sliding windows; default: windows do not overlap.
-    tokens_per_forward: tokens in one forward pass at most.
+    predictions: Documents, as texts or as lists of token ids. Texts are joined by end-of-sequence tokens.
+    model: Any causal language model of Transformers.
+    tokenizer: Of the model. Token ids do not need it, but without it there are no bits per byte.
+    max_length: Length of the windows, in tokens. Shorter documents are read in one window.
+    stride: Tokens between the starts of sliding windows. By default windows do not overlap.
+    tokens_per_forward: Most tokens in one forward pass.
 
 Returns:
-    `nats`, the mean per target token; `perplexity`; `num_targets`; and `bits_per_byte`.
+    `nats` (the mean per target token), `perplexity`, `num_targets` and `bits_per_byte`.
 """
 
 
 class Perplexity(evaluate.Metric):
-    """Perplexity of documents read as one stream, as `evaluation/perplexity.py` explains; see `INPUTS_DESCRIPTION`."""
+    """Perplexity of documents read as one stream. See `evaluation/perplexity.py` and `INPUTS_DESCRIPTION`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

@@ -1,25 +1,30 @@
 """Perplexity against length, for any causal language model of Transformers.
 
-In short::
+In short:
 
     input_ids = encode_stream(tokenizer, documents)
     results = perplexity_by_length(model, input_ids, lengths=[256, 512, 1024], tokenizer=tokenizer)
     for result in results:
         print(result.length, result.perplexity, result.bits_per_byte)
 
-A text is one stream of token ids. At length L the model reads the stream in windows of L tokens, each from a fresh
-start, under one of the two protocols of Press, Smith and Lewis (arXiv 2108.12409):
+A text is one stream of token ids. At length L the model reads the stream in windows of L tokens, and remembers nothing
+from one window to the next. There are two protocols, both from Press, Smith and Lewis (arXiv 2108.12409):
 
-- **non-overlapping** (`stride=None`): every target of every window is scored. Longer windows are then better for two
-  reasons that cannot be told apart: more context, and fewer targets near the start of a window.
-- **sliding window** (`stride=S`): a window begins S tokens after the one before, and only its last S targets are
-  scored (all of them in the first window), so that nearly every target has at least L − S tokens of context.
+- **Non-overlapping** (`stride=None`): every target of every window is scored. Longer windows then score better for two
+  reasons that this protocol cannot separate: more context, and fewer targets near the start of a window.
+- **Sliding window** (`stride=S`): each window starts S tokens after the one before, and only its last S targets are
+  scored (all of them in the first window). So nearly every target has at least L − S tokens of context.
 
-Under both, every target is scored exactly once, and the targets are the same at every length.
+Both score every target exactly once, and the same targets at every length.
 
-Units: a target's loss is −ln p in nats; perplexity is exp(mean nats per target) and depends on the tokenizer; bits per
-byte is the sum of the nats in bits over the UTF-8 bytes of the targets' text, special tokens counted as no bytes, and
-can be compared across tokenizers. Models compute in their own dtype, losses in float32, sums in float64.
+Units:
+
+- The loss of a target is −ln p, in nats.
+- Perplexity is exp(mean nats per target). It depends on the tokenizer.
+- Bits per byte is the sum of the losses in bits over the UTF-8 bytes of the targets' text. Special tokens count as no
+  bytes. It can be compared across tokenizers.
+
+Models compute in their own dtype, losses are computed in float32, and sums in float64.
 """
 
 import math
@@ -40,25 +45,35 @@ from ..model.cache_names import CACHE_NAME
 
 @dataclass(frozen=True)
 class Result:
-    """The loss of a model that reads windows of `length` tokens, over `num_targets` target tokens."""
+    """The loss of a model that reads windows of `length` tokens.
+
+    Attributes:
+        length: Tokens in a window.
+        stride: Tokens between the starts of windows. Equal to `length` for non-overlapping windows.
+        num_targets: Number of scored tokens.
+        nats: Mean loss per target.
+        nats_stderr: Standard error of `nats` over blocks of the longest length. None if there is only one block.
+        perplexity: Per token.
+        bits_per_byte: None without a tokenizer, or if the targets have no text.
+        nats_by_position: `[length]`, the mean loss of the targets with 1, 2, … tokens of context.
+    """
 
     length: int
-    stride: int  # equal to length: non-overlapping windows
+    stride: int
     num_targets: int
-    nats: float  # mean per target
-    nats_stderr: float | None  # standard error of `nats`, from blocks as long as the longest length; None: one block
+    nats: float
+    nats_stderr: float | None
     perplexity: float
-    bits_per_byte: float | None  # None: no tokenizer was given, or the targets have no text
-    nats_by_position: tuple[float, ...]  # [length]: mean over the targets which had 1, 2, … tokens of context
+    bits_per_byte: float | None
+    nats_by_position: tuple[float, ...]
 
 
 def encode_stream(
     tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], max_tokens: int | None = None
 ) -> Tensor:
-    """Token ids of the documents, each followed by the end-of-sequence token if there is one: `[num_tokens]`.
+    """Returns the token ids of the documents, `[num_tokens]`, each ending with the end-of-sequence token if any.
 
-    Special tokens that are spelled out in a document are read as plain text. Reads no more documents than the first
-    `max_tokens` tokens need.
+    Special tokens that are spelled out in a document are plain text. Reading stops as soon as there are `max_tokens`.
     """
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
@@ -71,10 +86,11 @@ def encode_stream(
 
 
 def windows(num_targets: int, length: int, stride: int) -> list[tuple[int, int]]:
-    """The plan of an evaluation: `(start, num_scored)` of every window.
+    """Returns the windows of an evaluation as pairs `(start, num_scored)`.
 
-    A window reads the tokens start … start + length − 1. Its targets are each the next token; the last `num_scored` of
-    them count. Where the stride leaves a remainder, the last window ends with the stream and counts only that.
+    A window reads the tokens start … start + length − 1. The target of each is the next token, and the last
+    `num_scored` targets are scored. If the stride leaves a remainder, the last window ends with the stream and scores
+    only that.
     """
     ends = [*range(length, num_targets, stride), num_targets]
     return [(end - length, end - before) for before, end in zip([0, *ends], ends, strict=False)]
@@ -89,12 +105,23 @@ def token_nats(
     tokens_per_forward: int = 2048,
     progress: bool = False,
 ) -> Tensor:
-    """The loss of every token but the first, given the window before it: float64 `[num_tokens − 1]`, on the CPU.
+    """Returns the loss of every token but the first.
 
-    A forward pass sees at most `tokens_per_forward` tokens: several short windows in a batch, or a chunk of a long one
-    which continues from the KV cache. Memory grows with it, the result does not depend on it. `progress` shows a bar.
-    Raises `UserError` if `input_ids`, `[num_tokens]`, has no such window, if the model cannot read `length` tokens, if
-    they need chunks and it has no KV cache, or if a loss is not finite.
+    Args:
+        model: Any causal language model.
+        input_ids: `[num_tokens]`.
+        length: Tokens in a window.
+        stride: Tokens between the starts of windows; None for non-overlapping windows.
+        tokens_per_forward: Most tokens in a forward pass: several short windows in a batch, or a chunk of a long
+            window, which continues from the KV cache. Memory grows with it; the result does not depend on it.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Losses in nats, `[num_tokens − 1]`, float64, on the CPU.
+
+    Raises:
+        UserError: If the text is shorter than a window, if the model cannot read `length` tokens, if a window needs
+            chunks and the model has no KV cache, or if a loss is not finite.
     """
     stride = length if stride is None else stride
     if tokens_per_forward < 1:
@@ -108,7 +135,7 @@ def token_nats(
     with torch.no_grad(), tqdm(total=len(plan), desc=f"length {length}", unit="window", disable=not progress) as bar:
         for begin in range(0, len(plan), batch_size):
             batch = plan[begin : begin + batch_size]
-            rows = torch.stack([input_ids[start : start + length + 1] for start, _ in batch])  # [B, length + 1]
+            rows = torch.stack([input_ids[start : start + length + 1] for start, _ in batch])  # [batch, length + 1]
             scored = _nats_at_end(model, rows, max(num_scored for _, num_scored in batch), tokens_per_forward)
             if not scored.isfinite().all():
                 raise UserError(
@@ -123,22 +150,31 @@ def token_nats(
 
 
 def _nats_at_end(model: PreTrainedModel, rows: Tensor, num_scored: int, chunk_size: int) -> Tensor:
-    """Losses of the last `num_scored` targets of each row: `[B, length + 1]` → `[B, num_scored]`."""
+    """Returns the losses of the last `num_scored` targets of each row, `[batch, num_scored]`.
+
+    Args:
+        model: In evaluation mode.
+        rows: Token ids, `[batch, length + 1]`.
+        num_scored: Number of targets at the end of each row.
+        chunk_size: Most tokens of a row in a forward pass.
+    """
     rows = rows.to(model.device)
     length = rows.shape[1] - 1
     cache = None
     nats = []
     for begin in range(0, length, chunk_size):
         end = min(begin + chunk_size, length)
-        keep = end - max(begin, length - num_scored)  # targets of this chunk that are scored; negative: none
+        # The number of scored targets in this chunk; not positive if there are none.
+        keep = end - max(begin, length - num_scored)
         output = model(
             input_ids=rows[:, begin:end],
             **{CACHE_NAME: cache},
             use_cache=length > chunk_size,
-            logits_to_keep=max(1, keep),  # 0 would mean all of them
+            # 0 would keep the logits of all tokens.
+            logits_to_keep=max(1, keep),
         )
         if keep > 0:
-            logits = output.logits[:, -keep:].float().transpose(1, 2)  # [B, vocab_size, keep]
+            logits = output.logits[:, -keep:].float().transpose(1, 2)  # [batch, vocab_size, keep]
             nats.append(F.cross_entropy(logits, rows[:, end - keep + 1 : end + 1], reduction="none"))
         cache = output.get(CACHE_NAME)
         if end < length and not _is_continued(cache):
@@ -150,18 +186,23 @@ def _nats_at_end(model: PreTrainedModel, rows: Tensor, num_scored: int, chunk_si
 
 
 def _is_continued(cache: Any) -> bool:
-    """Whether a chunk of several tokens continues from `cache` as if it had been read with those before.
+    """Returns whether a chunk that continues from `cache` gives the same result as reading everything at once.
 
-    Keys and values do that. Recurrent states do not: Mamba's models start anew unless a chunk is a single token.
+    It does with cached keys and values. It does not with recurrent states: Mamba models ignore them for a chunk of
+    more than one token.
     """
     layers = getattr(cache, "layers", None) or []
     return bool(layers) and all(hasattr(layer, "keys") and not hasattr(layer, "recurrent_states") for layer in layers)
 
 
 def nats_by_position(nats: Tensor, length: int, stride: int | None = None) -> Tensor:
-    """Mean of `token_nats(…, length, stride)` over the targets with 1, 2, … length tokens of context: `[length]`.
+    """Returns the mean loss of the targets with 1, 2, … `length` tokens of context, `[length]`.
 
-    With a sliding window only the first one scores targets with less context than `length − stride`.
+    Args:
+        nats: The result of `token_nats` for this length and stride.
+        length: Tokens in a window.
+        stride: Tokens between the starts of windows. Only the first window scores targets with at most
+            `length − stride` tokens of context.
     """
     plan = windows(len(nats), length, length if stride is None else stride)
     positions = torch.cat([torch.arange(length - num_scored, length) for _, num_scored in plan])
@@ -169,13 +210,19 @@ def nats_by_position(nats: Tensor, length: int, stride: int | None = None) -> Te
 
 
 def mean_by_doubling(values: Sequence[float]) -> dict[int, float]:
-    """Means of `nats_by_position` over 1, 2, 3–4, 5–8, 9–16, … tokens of context, keyed by the last of each range."""
+    """Returns means of `nats_by_position` over 1, 2, 3–4, 5–8, 9–16, … tokens of context, by the end of each range."""
     ends = [2**exponent for exponent in range((len(values) - 1).bit_length())] + [len(values)]
     return {end: float(np.mean(values[begin:end])) for begin, end in zip([0, *ends], ends, strict=False)}
 
 
 def bits_per_byte(nats: Tensor, targets: Tensor, tokenizer: PreTrainedTokenizerBase) -> float | None:
-    """Losses in bits per UTF-8 byte of the text of `targets`; both `[num_targets]`. None: they have no text."""
+    """Returns the losses in bits per UTF-8 byte of the targets' text, or None if they have no text.
+
+    Args:
+        nats: `[num_targets]`.
+        targets: Token ids, `[num_targets]`.
+        tokenizer: Decodes the targets.
+    """
     text = str(tokenizer.decode(targets, skip_special_tokens=True, clean_up_tokenization_spaces=False))
     return nats.sum().item() / math.log(2) / len(text.encode()) if text else None
 
@@ -190,11 +237,22 @@ def perplexity_by_length(
     tokens_per_forward: int = 2048,
     progress: bool = False,
 ) -> list[Result]:
-    """A `Result` for each of `lengths`, all over the same targets of `input_ids`, `[num_tokens]`.
+    """Returns a `Result` for each of `lengths`, all over the same targets.
 
-    The stream is cut to a multiple of the longest length (plus one: the first token is no target), so that
-    non-overlapping windows fit at every length that divides the longest one. See `token_nats` for the other arguments
-    and the errors; the tokenizer serves the bits per byte.
+    The stream is cut to a multiple of the longest length, plus one token because the first is no target. So
+    non-overlapping windows fit at every length that divides the longest one.
+
+    Args:
+        model: Any causal language model.
+        input_ids: `[num_tokens]`.
+        lengths: Tokens in a window.
+        stride: Tokens between the starts of windows; None for non-overlapping windows.
+        tokenizer: For the bits per byte.
+        tokens_per_forward: See `token_nats`.
+        progress: Whether to show progress bars.
+
+    Raises:
+        UserError: See `token_nats`.
     """
     longest = max(lengths)
     for length in sorted(lengths, reverse=True):
@@ -221,7 +279,7 @@ def perplexity_by_length(
 
 
 def _check(model: PreTrainedModel, input_ids: Tensor, length: int, stride: int) -> None:
-    """Raise `UserError` if windows of `length` at every `stride` of `input_ids` do not exist or not fit the model."""
+    """Raises `UserError` if `length` and `stride` are impossible for this text or this model."""
     if length < 1 or not 1 <= stride <= length:
         raise UserError(f"the stride must be from 1 to the length, but stride is {stride} and length {length}")
     if len(input_ids) <= length:
@@ -234,9 +292,10 @@ def _check(model: PreTrainedModel, input_ids: Tensor, length: int, stride: int) 
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
-    """The longest input of a model with a table of position embeddings; None without such a table.
+    """Returns the longest input of a model with a table of position embeddings, or None without such a table.
 
-    Recognised by its shape: `hidden_size` columns and `max_position_embeddings` rows, or two more (OPT, BART).
+    The table is recognised by its shape: `hidden_size` columns, and `max_position_embeddings` rows or two more (OPT,
+    BART).
     """
     rows = getattr(model.config, "max_position_embeddings", None)
     words = model.get_input_embeddings()
@@ -248,14 +307,15 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 
 def trainer_metrics(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Keyword arguments for `Trainer` that add `eval_perplexity` and `eval_bits_per_byte` to its evaluation.
+    """Returns keyword arguments for `Trainer` that add `eval_perplexity` and `eval_bits_per_byte` to its evaluation.
 
-    They are meant as `Trainer(model, …, **trainer_metrics(tokenizer))`. Every row of the evaluation dataset is a
-    window of its own. The logits of each batch are reduced at once to a loss per target, so that memory grows with the
-    number of tokens alone. Labels of −100 are not scored.
+    Use them as `Trainer(model, …, **trainer_metrics(tokenizer))`. Every row of the evaluation dataset is a window of
+    its own. The logits of each batch are reduced at once to a loss per target, so memory grows only with the number of
+    tokens. Labels of −100 are not scored.
     """
 
-    def target_nats(logits: Tensor, labels: Tensor) -> Tensor:  # [B, L, vocab_size], [B, L] → [B, L − 1]
+    # [batch, length, vocab_size], [batch, length] → [batch, length − 1]
+    def target_nats(logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
 
     def compute(evaluated: EvalPrediction) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""One picture of extrapolation: perplexity against length, and the loss by position at the longest length.
+"""Plots extrapolation: perplexity against length, and the loss by position at the longest length.
 
-Each model is a curve, drawn from the results of `perplexity_by_length`::
+Each model is a curve, drawn from the results of `perplexity_by_length`:
 
     plot_extrapolation([Curve("ALiBi", 256, alibi_results), Curve("sinusoidal", 256, sinusoidal_results)], "plot.png")
 """
@@ -17,7 +17,7 @@ from .perplexity import Result, mean_by_doubling
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's palette (2008), whose colours people of every colour vision tell apart.
+# The palette of Okabe and Ito (2008), whose colours people with any colour vision can distinguish.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 GREY = "#666666"
@@ -25,21 +25,27 @@ GREY = "#666666"
 
 @dataclass(frozen=True)
 class Curve:
-    """The results of one checkpoint, in the order of their lengths, under the name that the picture gives it."""
+    """One checkpoint in the plot.
+
+    Attributes:
+        label: Its name in the legend.
+        training_length: In tokens; None if unknown, which leaves out its mark.
+        results: In the order of their lengths.
+    """
 
     label: str
-    training_length: int | None  # tokens; None: not known, not marked
+    training_length: int | None
     results: Sequence[Result]
 
 
 def require_matplotlib() -> None:
-    """Raise `UserError` if matplotlib, which only plots need, is not installed."""
+    """Raises `UserError` if matplotlib, which only plots need, is not installed."""
     if find_spec("matplotlib") is None:
         raise UserError("drawing the plot needs matplotlib: pip install 'hf_alibi[train]'")
 
 
 def plot_extrapolation(curves: Sequence[Curve], path: str | Path) -> None:
-    """Draw `curves` to the image file `path`. Raises `UserError` if matplotlib is not installed."""
+    """Draws `curves` to the image file `path`. Raises `UserError` if matplotlib is not installed."""
     require_matplotlib()
     from matplotlib.figure import Figure
 
@@ -60,7 +66,8 @@ def plot_extrapolation(curves: Sequence[Curve], path: str | Path) -> None:
     by_length.set(xlabel="length in tokens", ylabel="perplexity per token")
     legend = by_length.legend(by_length.get_lines(), [curve.label for curve in curves], frameon=False)
     for text in legend.get_texts():
-        text.set_parse_math(False)  # a dollar in a label is a dollar
+        # A dollar sign in a label is no formula.
+        text.set_parse_math(False)
     by_position.set(xlabel="tokens of context", ylabel="loss in nats per token")
     dress(by_length, "Perplexity against length")
     dress(by_position, f"Loss by position at length {longest:,}")
@@ -71,7 +78,7 @@ def plot_extrapolation(curves: Sequence[Curve], path: str | Path) -> None:
 
 
 def dress(axes: "Axes", title: str) -> None:
-    """Give `axes` a title, a log₂ x-axis in plain numbers and a light grid."""
+    """Gives `axes` a title, a log₂ x-axis in plain numbers and a light grid."""
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -81,8 +88,9 @@ def dress(axes: "Axes", title: str) -> None:
 
 
 def _mark(axes: "Axes", training_lengths: Sequence[int]) -> None:
-    """Draw a line at each training length."""
+    """Draws a line at each training length."""
     for length in training_lengths:
         axes.axvline(length, color=GREY, linestyle=":", zorder=0)
-        across_and_up = axes.get_xaxis_transform()  # data coordinates across, a fraction of the height up
-        axes.text(length, 1, f" trained at {length:,}", transform=across_and_up, va="top", color=GREY, fontsize=9)
+        # x is in data coordinates, y a fraction of the height.
+        transform = axes.get_xaxis_transform()
+        axes.text(length, 1, f" trained at {length:,}", transform=transform, va="top", color=GREY, fontsize=9)

@@ -1,12 +1,9 @@
-"""Load a causal language model and its tokenizer, or say in one sentence why that is not possible.
-
-One call does it::
+"""Loads a causal language model and its tokenizer, or says in one sentence why that is impossible.
 
     model, tokenizer = load_causal_lm("runs/demo/alibi")
 
-Any causal language model that ``AutoModelForCausalLM`` knows is welcome, a folder or a model id of the Hub alike.
-Transformers is lenient where a wrong result would follow: it initialises missing weights at random and reads pickled
-weights. Here both are refused, and every refusal is a :class:`~hf_alibi.errors.UserError`.
+It takes a folder or a model id of the Hub, with any model that `AutoModelForCausalLM` knows. Transformers initialises
+missing weights at random and reads pickled weights. Here both raise a `UserError`.
 """
 
 import ast
@@ -33,16 +30,17 @@ from transformers.utils import logging as transformers_logging
 
 from .. import positions  # noqa: F401  registers its models with the Auto classes
 from ..errors import UserError
+from ..tables import some_of
 
 logger = logging.getLogger(__name__)
 
-# What Transformers raises for a checkpoint it cannot read: files, values, fields of the config, weights, packages.
+# What Transformers raises for files, values, config fields or weights that it cannot read, and for missing packages.
 LOADING_ERRORS = (OSError, ValueError, StrictDataclassError, SafetensorError, ImportError)
 
 
 @dataclass
 class LoadingArguments:
-    """Command-line arguments that say how a checkpoint is loaded: `load_causal_lm(path, **asdict(arguments))`."""
+    """Command-line arguments for `load_causal_lm(path, **asdict(arguments))`."""
 
     dtype: str = field(
         default="auto",
@@ -52,7 +50,7 @@ class LoadingArguments:
         },
     )
     device: str | None = field(
-        default=None, metadata={"help": "cpu, cuda, cuda:1, …; if omitted, an accelerator or else cpu."}
+        default=None, metadata={"help": "cpu, cuda, cuda:1, …; if omitted, an accelerator if there is one, else cpu."}
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention backend, e.g. sdpa or eager; if omitted, the model's choice."}
@@ -67,12 +65,14 @@ class LoadingArguments:
 
 
 def parse_overrides(text: str, config: PreTrainedConfig) -> dict[str, Any]:
-    """The fields of `config` in `text`, "name=value, ...", with their values: Python literals, or else strings.
+    """Returns the fields in `text`, "name=value, ...", by name. Values that are no Python literals are strings.
 
-    Raises `UserError` for a name that `config` does not have.
+    Raises:
+        UserError: If `config` has no field of that name.
     """
     overrides = {}
-    for item in re.split(r",(?![^\[{]*[\]}])", text) if text else []:  # a comma, but not one within brackets
+    # The pattern splits at commas outside brackets.
+    for item in re.split(r",(?![^\[{]*[\]}])", text) if text else []:
         name, _, value = (part.strip() for part in item.partition("="))
         if name not in vars(config):
             raise UserError(f"config_overrides: {config.model_type} has no field '{name}'; see its config class")
@@ -84,9 +84,10 @@ def parse_overrides(text: str, config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def load_config(path: str | Path, *, trust_remote_code: bool = False, config_overrides: str = "") -> PreTrainedConfig:
-    """The config of the checkpoint `path` with `config_overrides`; an early look at whether there is one.
+    """Returns the config of the checkpoint `path` with `config_overrides`. It is a quick check before loading weights.
 
-    Raises `UserError` if it cannot be read, if it refuses a value, or if the folder has no weights in safetensors.
+    Raises:
+        UserError: If the config cannot be read or refuses a value, or if the folder has no weights in safetensors.
     """
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -117,12 +118,21 @@ def load_causal_lm(
     config_overrides: str = "",
     model_types: Collection[str] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, in evaluation mode on `device`, and the tokenizer of the checkpoint `path`.
+    """Returns the model, in evaluation mode, and the tokenizer of a checkpoint.
 
-    `config_overrides` changes fields of the config, see `parse_overrides`. `model_types`, if given, lists the only
-    `config.model_type` that are accepted. Raises `UserError` if the folder, its config, weights or tokenizer are
-    missing or damaged, if a weight is missing or has another shape than the config says, if the tokenizer has more
-    tokens than the model, or if the device is not there.
+    Args:
+        path: A folder, or a model id of the Hub.
+        dtype: Of the weights; "auto" keeps the dtype in which they were saved.
+        device: See `available_device`.
+        attn_implementation: Attention backend; None for the model's own choice.
+        trust_remote_code: Whether to run the code in the checkpoint.
+        config_overrides: Changes to the config, see `parse_overrides`.
+        model_types: The accepted values of `config.model_type`; None for any.
+
+    Raises:
+        UserError: If the folder, its config, weights or tokenizer are missing or damaged, if a weight is missing or
+            does not have the shape that the config says, if the tokenizer has more tokens than the model, or if the
+            device is not available.
     """
     device = available_device(device)
     config = load_config(path, trust_remote_code=trust_remote_code, config_overrides=config_overrides)
@@ -141,15 +151,16 @@ def load_causal_lm(
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of `path`. Raises `UserError` if there is none, or it cannot be read."""
+    """Returns the tokenizer of `path`. Raises `UserError` if there is none, or it cannot be read."""
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (*LOADING_ERRORS, KeyError, TypeError, AttributeError) as error:  # of JSON that holds something else
+    except (*LOADING_ERRORS, KeyError, TypeError, AttributeError) as error:
+        # The last three mean valid JSON with unexpected content.
         raise _unreadable("a tokenizer", path, error) from error
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Raise `UserError` if the tokenizer has tokens that the model has no embedding for."""
+    """Raises `UserError` if the tokenizer has tokens for which the model has no embedding."""
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= config.vocab_size:
         raise UserError(
@@ -158,9 +169,10 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfi
 
 
 def _load_weights(path: str | Path, **kwargs: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained`, from safetensors only, with every weight in its place."""
+    """Calls `AutoModelForCausalLM.from_pretrained`, but reads only safetensors and requires every weight."""
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # its report of missing weights is a table; one sentence follows below
+    # Transformers would print a table of missing weights. One sentence follows below.
+    transformers_logging.set_verbosity_error()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
@@ -174,17 +186,17 @@ def _load_weights(path: str | Path, **kwargs: Any) -> Any:
         name, found, expected = min(info["mismatched_keys"])
         raise UserError(f"{path}: weight {name} has shape {list(found)}, but its config asks for {list(expected)}")
     if info["missing_keys"]:
-        raise UserError(f"{path} lacks {_some(info['missing_keys'])} of the weights that its config asks for")
+        raise UserError(f"{path} lacks {some_of(info['missing_keys'])} of the weights that its config asks for")
     if info["unexpected_keys"]:
-        logger.warning("%s: ignored %s, which its config has no place for", path, _some(info["unexpected_keys"]))
+        logger.warning("%s: ignored %s, which its config has no place for", path, some_of(info["unexpected_keys"]))
     return model
 
 
 def available_device(device: str | int | torch.device | None) -> torch.device:
-    """`device`, or the accelerator of this machine, or the CPU.
+    """Returns `device`, or if it is None the accelerator of this machine, or else the CPU.
 
     Raises:
-        UserError: There is no such device, or it holds no data, as "meta" does.
+        UserError: If there is no such device, or it is "meta", which holds no data.
     """
     if device is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -199,15 +211,9 @@ def available_device(device: str | int | torch.device | None) -> torch.device:
 
 
 def _unreadable(what: str, path: str | Path, error: Exception) -> UserError:
-    """A one-line error for one of Transformers', whose messages run over many lines."""
+    """Returns a `UserError` of one line for an error of Transformers, whose message may have many lines."""
     where = path if Path(path).is_dir() else f"{path} (which is no folder here, so taken for a model id of the Hub)"
     reason = shorten(str(error), 300, placeholder=" …")
     if "trust_remote_code=True" in str(error):
         reason = "it needs the code in its folder; look at that, and allow it with trust_remote_code"
     return UserError(f"cannot load {what} of {where}: {reason}")
-
-
-def _some(names: Collection[str]) -> str:
-    """A few of many `names`, and how many there are."""
-    shown = ", ".join(sorted(names)[:3])
-    return shown if len(names) <= 3 else f"{shown}, … ({len(names)} in all)"

@@ -1,4 +1,4 @@
-"""Which files of a folder are the model's own, and a tokenizer that every version of Transformers can load."""
+"""The files of a model among others, and tokenizers that every version of Transformers can load."""
 
 import json
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers import PreTrainedTokenizerFast as TransformersTokenizer
 
-# What `save_pretrained` of a model and of its tokenizer write: config, weights, code, tokenizer, chat template.
+# Files that `save_pretrained` writes for a model and its tokenizer: config, weights, code, tokenizer, chat template.
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -23,23 +23,26 @@ MODEL_FILES = (
     "chat_template.jinja",
 )
 
-# A vocabulary that is saved as one of these is a pickle.
+# Suffixes of pickles. Some tokenizers save their vocabulary as one.
 PICKLES = {".pkl", ".pickle", ".bin", ".pt", ".pth"}
 
-# How the tokenizer was loaded is nobody else's business, and may name a token of the Hub.
+# Fields that say how the tokenizer was loaded. They are private, and may hold a Hub token.
 PRIVATE = ("is_local", "local_files_only", "token", "use_auth_token", "cache_dir")
 
 
 class PreTrainedTokenizerFast(TransformersTokenizer):
-    """Transformers' own, saved under this name.
+    """The class of Transformers, saved under this name.
 
-    A saved tokenizer names its class. Since Transformers 5 that is ``TokenizersBackend``, which Transformers 4 and
-    the converters of llama.cpp and MLX do not know; all of them, and Transformers 5, know this name.
+    A saved tokenizer names its class. Transformers 5 writes `TokenizersBackend`, which Transformers 4 and the
+    converters of llama.cpp and MLX do not know. All of them, and Transformers 5, know the name of this class.
     """
 
 
 def make_tokenizer_portable(folder: Path) -> None:
-    """Let the tokenizer saved in `folder`, if there is one, name a class that all can load, and nothing private."""
+    """Makes the tokenizer saved in `folder` name a class that all versions can load, and removes private fields.
+
+    Does nothing if the folder has no tokenizer.
+    """
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return
@@ -52,7 +55,7 @@ def make_tokenizer_portable(folder: Path) -> None:
 
 
 def model_files(folder: Path, tokenizer: PreTrainedTokenizerBase | Any | None) -> Iterator[Path]:
-    """The files in `folder` that are those of a model or of its tokenizer, and no pickle."""
+    """Yields the files in `folder` that belong to a model or its tokenizer, without pickles."""
     vocabulary = getattr(tokenizer, "vocab_files_names", {}).values()
     for path in sorted(folder.iterdir()):
         is_ours = any(fnmatch(path.name, pattern) for pattern in (*MODEL_FILES, *vocabulary))

@@ -1,14 +1,15 @@
-"""A model card written from facts: the config, what training and evaluation left behind, and what its author states.
+"""Writes a model card from facts: the config, the files of training and evaluation, and the author's statements.
 
     card = model_card(model, "me/books", "runs/books", CardArguments(license="apache-2.0"))
     card.save("README.md")
 
-Nothing is estimated and nothing is assumed: a fact that is not known is not in the card. Those of training come from
-the JSON files that `hf_alibi.training.train` leaves beside the weights, never from the pickle that Trainer leaves too.
+Nothing is estimated or assumed: the card leaves out what is unknown. Facts about training come from the JSON files
+that `hf_alibi.training.train` writes beside the weights, never from the pickle that Trainer writes.
 """
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM
 from ..tables import markdown
 
 PLOT_NAME = "perplexity_by_length.png"
-FACTS = "conversion.json"  # what `hf_alibi convert` leaves beside the weights
+# `hf_alibi convert` writes it beside the weights.
+FACTS = "conversion.json"
 
 CONFIG_FACTS = {
     "num_hidden_layers": "Layers",
@@ -77,7 +79,7 @@ CITATION = """\
 
 @dataclass
 class CardArguments:
-    """What only the author of a model can say about it, and where its evaluation is."""
+    """What only the author of a model can state, and where the evaluation is."""
 
     license: str | None = field(
         default=None, metadata={"help": "Licence of the weights, as the Hub abbreviates it: apache-2.0, mit, …"}
@@ -95,16 +97,23 @@ class CardArguments:
 
     @property
     def plot(self) -> Path | None:
-        """The picture beside the evaluation."""
+        """The plot beside the evaluation."""
         return None if self.evaluation is None else self.evaluation.with_suffix(".png")
 
 
 def model_card(
     model: AlibiGPTForCausalLM, repo_id: str, folder: str | Path, arguments: CardArguments | None = None
 ) -> ModelCard:
-    """The card of `model`, which is or was saved in `folder`, for the repository `repo_id`.
+    """Returns the card of `model` for the repository `repo_id`.
 
-    Raises `UserError` if a file cannot be read, or the evaluation has no name for its text or is of another model.
+    Args:
+        model: The model.
+        repo_id: Namespace and name on the Hub.
+        folder: Where the model was saved, and where the files of training are.
+        arguments: What the author states.
+
+    Raises:
+        UserError: If a file cannot be read, or the evaluation belongs to another model or its text has no name.
     """
     arguments = arguments or CardArguments()
     results = read_evaluation(arguments, Path(folder).resolve().name, model.config.training_length)
@@ -131,11 +140,16 @@ def model_card(
         f"## Licence\n\n{licence(arguments)}",
         f"## Citation\n\n{CITATION}",
     ]
+    return assemble(data, sections)
+
+
+def assemble(data: ModelCardData, sections: Sequence[str]) -> ModelCard:
+    """Returns a card with this metadata and those of the sections that are not empty."""
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n")
 
 
 def read_evaluation(arguments: CardArguments, label: str, training_length: int | None) -> list[Result]:
-    """The results of this model, one for each length, from the file that `hf_alibi evaluate` wrote; [] if none."""
+    """Returns this model's results from the file of `hf_alibi evaluate`, one for each length; [] without a file."""
     path = arguments.evaluation
     if path is None:
         return []
@@ -164,7 +178,7 @@ def read_evaluation(arguments: CardArguments, label: str, training_length: int |
 
 
 def _checked(result: Result) -> Result:
-    """Return `result`; raise `TypeError` or `ValueError` unless its fields are what `Result` declares."""
+    """Returns `result`. Raises `TypeError` if its fields are not what `Result` declares."""
     counts = (result.length, result.stride, result.num_targets)
     values = [
         result.nats,
@@ -179,7 +193,7 @@ def _checked(result: Result) -> Result:
 
 
 def eval_results(results: list[Result], text: str) -> list[EvalResult]:
-    """The entries of the metadata's model-index: perplexity and bits per byte at every length."""
+    """Returns the entries of the model-index in the metadata: perplexity and bits per byte at every length."""
     return [
         EvalResult(
             task_type="text-generation",
@@ -197,7 +211,7 @@ def eval_results(results: list[Result], text: str) -> list[EvalResult]:
 
 
 def summary(model: AlibiGPTForCausalLM) -> str:
-    """What the model is, in two sentences."""
+    """Returns two sentences that say what the model is."""
     kind = "learned" if model.config.alibi_slopes_trainable else "fixed"
     return (
         f"A decoder-only language model of {model.num_parameters():,} parameters. It has no position embeddings: each "
@@ -208,7 +222,7 @@ def summary(model: AlibiGPTForCausalLM) -> str:
 
 
 def usage(repo_id: str) -> str:
-    """How to load it with and without the package."""
+    """Returns how to load the model with and without the package."""
     return f"""\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -225,7 +239,7 @@ PyTorch {torch.__version__.split("+")[0]}."""
 
 
 def evaluation(results: list[Result], arguments: CardArguments) -> str:
-    """The table of perplexity against length, and the picture."""
+    """Returns the table of perplexity against length, and the plot."""
     windows = "that do not overlap"
     if any(result.stride < result.length for result in results):
         stride = f"{results[0].stride:,}"
@@ -243,7 +257,7 @@ def evaluation(results: list[Result], arguments: CardArguments) -> str:
 
 
 def training(folder: Path, arguments: CardArguments) -> str:
-    """Data, arguments and results of training, as far as they are known."""
+    """Returns a table of the known data, arguments and results of training."""
     rows = []
     if arguments.base_model:
         rows.append(["Began with", arguments.base_model])
@@ -262,7 +276,7 @@ def training(folder: Path, arguments: CardArguments) -> str:
 
 
 def conversion(folder: Path) -> str:
-    """Where converted weights come from, what was folded and what differs, and how they were verified."""
+    """Returns the source of converted weights, what was folded into them, what differs, and how they were verified."""
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         found = facts["verification"]
@@ -283,7 +297,7 @@ def conversion(folder: Path) -> str:
 
 
 def architecture(model: AlibiGPTForCausalLM) -> str:
-    """The table of the config."""
+    """Returns the table of the config."""
     slopes = model.model.slopes(model.model.embed_tokens.weight).tolist()
     rows = [["Parameters", shown(model.num_parameters())]]
     rows += [[label, shown(getattr(model.config, name))] for name, label in CONFIG_FACTS.items()]
@@ -291,44 +305,51 @@ def architecture(model: AlibiGPTForCausalLM) -> str:
 
 
 def windows(model: AlibiGPTForCausalLM) -> str:
-    """The windows of the heads, from the trained gains of the QK-norm, and what they guarantee."""
+    """Returns the windows of the heads, from the trained gains of the QK-norm, and what they guarantee."""
     guarantees = model.model.window_guarantees()
     if guarantees is not None:
         widest = max(guarantees, key=lambda guarantee: guarantee.score_bound)
         return (
-            "A head skips the keys that its bias makes invisible to a float. From the gains of the layer that needs "
-            f"the widest windows:\n\n```\n{widest}\n```"
+            "A head skips the keys that contribute less than rounding. These are the windows of the layer with the "
+            f"widest ones, from its trained gains:\n\n```\n{widest}\n```"
         )
     if not model.config.window_tolerance:
         return "Off: every query looks at every key."
     if not model.config.qk_norm:
         return (
-            "Without QK-norm a window follows from the norms of the queries and keys at hand: keys are skipped where "
-            f"at most {model.config.window_tolerance:.3g} of the attention could be missing."
+            "Without QK-norm, each call computes windows from the norms of its queries and keys. The keys that are "
+            f"skipped have at most the fraction {model.config.window_tolerance:.3g} of the attention."
         )
     if model.config.slopes_depend_on_length:
-        return "With a dynamic scaling of the slopes the windows grow with the text."
-    return "An adapter or a hook on the norms of queries and keys leaves windows to the queries and keys at hand."
+        return "With a dynamic scaling of the slopes, the windows grow with the text."
+    return (
+        "The norms of queries and keys have an adapter or a hook, so each call computes windows from its own queries "
+        "and keys."
+    )
 
 
 def limits(results: list[Result]) -> str:
-    """What is known not to be known."""
-    measured = f"has been evaluated to {results[-1].length:,} tokens" if results else "has been evaluated at no length"
+    """Returns what has not been measured."""
+    evaluated = f"up to {results[-1].length:,} tokens; nothing is known beyond" if results else "at no length"
     return (
-        f"- It {measured}; beyond, nothing is known of it.\n"
-        "- ALiBi bounds how far a head can see: to read a longer text without harm is not to use all of it.\n"
+        f"- It has been evaluated {evaluated}.\n"
+        "- ALiBi bounds how far a head can see: a model that reads a longer text without harm may not use all of it.\n"
         "- It continues text. Whether what it writes is true, fair or safe has not been measured."
     )
 
 
 def licence(arguments: CardArguments) -> str:
-    """The licences of code and weights."""
-    weights = f"The weights: {arguments.license}." if arguments.license else "None is stated for the weights."
-    return f"The model's code: Apache-2.0. {weights}"
+    """Returns the licences of code and weights."""
+    return f"The model's code: Apache-2.0. {weights_licence(arguments.license)}"
+
+
+def weights_licence(license: str | None) -> str:
+    """Returns a sentence with the licence of the weights."""
+    return f"The weights: {license}." if license else "None is stated for the weights."
 
 
 def shown(value: object) -> str:
-    """A value for people: 1,024, 0.0003, yes."""
+    """Returns a value in readable form: 1,024, 0.0003, yes."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):

@@ -1,19 +1,17 @@
-"""Publish a trained model on the Hub: check, attach code and card, upload as one commit, load back and compare.
+"""Publishes a trained model on the Hub: checks it, adds code and card, uploads one commit, loads it back and compares.
 
     publish("runs/books", "me/books", card=CardArguments(license="mit", datasets=["me/novels"]), private=True)
 
-A folder that `save_pretrained` or Trainer has written is loaded, and what is uploaded is saved anew from what was
-loaded: weights in safetensors, config with `auto_map`, the code, tokenizer, generation config and card. So no other
-file of the folder can travel along, and nothing is unpickled anywhere. The upload is one commit. If it breaks off, the
-repository is what it was; the weights that have arrived are kept, and repeating the call sends the rest.
+`publish` loads a folder that `save_pretrained` or Trainer has written, and saves the loaded model again for the
+upload: weights in safetensors, config with `auto_map`, code, tokenizer, generation config and card. So no other file
+of the folder is uploaded, and nothing is unpickled. The upload is one commit. If it breaks off, the repository is
+unchanged; the Hub keeps the weights that have arrived, and repeating the call sends the rest.
 
-Then a new Python process, which cannot import this package, downloads the commit with `trust_remote_code=True` and
-must get the tokens and logits of the local model.
+Afterwards a new Python process that cannot import this package downloads the commit with `trust_remote_code=True`. Its
+tokens and logits must equal those of the local model.
 """
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -33,36 +31,19 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
-from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..errors import UserError
 from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM
 from .checkpoints import LOADING_ERRORS, load_causal_lm, load_config
 from .files import make_tokenizer_portable
+from .fresh_process import FreshProcessError, Request, run_fresh
 from .model_card import PLOT_NAME, CardArguments, model_card
 
-# What an earlier upload may have left in the repository, and a load would take in place of the new weights.
+# Files of an earlier upload that loading might prefer to the new weights. An upload deletes them.
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*", "training_args.bin")
 
 PROMPT = "The quick brown fox jumps over the lazy dog. 0123456789, (a + b) * c; été, 你好.\n"
-
-# Run by a Python process of its own: repository, commit and the file for the results are its arguments.
-RELOAD = f"""
-import sys
-sys.modules["hf_alibi"] = None  # importing it raises
-import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-repo_id, revision, results = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(repo_id, revision=revision)
-model = AutoModelForCausalLM.from_pretrained(
-    repo_id, revision=revision, trust_remote_code=True, use_safetensors=True, dtype=torch.float32
-)
-input_ids = tokenizer({PROMPT!r}, return_tensors="pt")["input_ids"]
-with torch.no_grad():
-    save_file({{"input_ids": input_ids, "logits": model(input_ids).logits}}, results)
-"""
 
 
 def publish(
@@ -78,25 +59,27 @@ def publish(
     commit_message: str = "Upload model",
     dry_run: bool = False,
 ) -> CommitInfo | None:
-    """Publish the checkpoint in `folder` as `repo_id`, and print which files with how many bytes.
+    """Publishes the checkpoint in `folder` as `repo_id`, and prints the files with their sizes.
 
     Args:
-        repo_id: Namespace and name. The repository is made if there is none.
-        card: What the model card says beyond what the folder shows.
-        private: Whether a new repository is private. An existing one that is public is refused.
-        revision: Branch to commit to, made from main if there is none, or ``refs/pr/N`` to add to a pull request.
-        create_pr: Open a pull request, against `revision` or main, in place of committing.
-        max_shard_size: Bytes in a file of weights at most, as a number or like "1MB".
-        token: Of the Hub, with the right to write; None takes that of ``hf auth login`` or ``HF_TOKEN``.
-        commit_message: Of the one commit.
-        dry_run: Only check and print; the network is not used.
+        folder: The checkpoint.
+        repo_id: Namespace and name. The repository is created if there is none.
+        card: The author's statements for the model card.
+        private: Whether a new repository is private. An existing public one raises an error.
+        revision: Branch to commit to, which is created from main if there is none, or `refs/pr/N` to add to a pull
+            request.
+        create_pr: Whether to open a pull request, against `revision` or main, instead of committing.
+        max_shard_size: Most bytes in a file of weights, as a number or like "1MB".
+        token: Hub token with the right to write; None for that of `hf auth login` or `HF_TOKEN`.
+        commit_message: Of the commit.
+        dry_run: Whether only to check and print, without the network.
 
     Returns:
         The commit; None after a dry run.
 
     Raises:
-        UserError: The checkpoint, the card or an argument is not right, the Hub refuses or cannot be reached, or what
-            it gives back is another model. Only in this last case have the repository's files changed.
+        UserError: If the checkpoint, the card or an argument is wrong, if the Hub refuses or cannot be reached, or if
+            the uploaded model gives other outputs. Only in the last case have the repository's files changed.
     """
     with hub_errors(repo_id):
         validate_repo_id(repo_id)
@@ -126,13 +109,13 @@ def publish(
 
 
 def load_checked(folder: str | Path) -> tuple[AlibiGPTForCausalLM, PreTrainedTokenizerBase]:
-    """The model and the tokenizer in `folder`, on the CPU; `UserError` if they are not fit to be published."""
+    """Returns the model and the tokenizer in `folder`. Raises `UserError` if they should not be published."""
     if not Path(folder).is_dir():
         raise UserError(f"{folder} is no folder")
     architectures = load_config(folder).architectures
     if architectures != [AlibiGPTForCausalLM.__name__]:
         raise UserError(f"{folder} holds {architectures}; only {AlibiGPTForCausalLM.__name__} can be published")
-    # Transformers would put one made from the config in the place of one that it cannot read.
+    # Transformers would silently replace a generation config that it cannot read with one made from the config.
     if (Path(folder) / "generation_config.json").exists():
         try:
             GenerationConfig.from_pretrained(folder)
@@ -149,7 +132,7 @@ def load_checked(folder: str | Path) -> tuple[AlibiGPTForCausalLM, PreTrainedTok
 def save(
     model: AlibiGPTForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, max_shard_size: int | str
 ) -> None:
-    """Save model, code, generation config and tokenizer in `folder`."""
+    """Saves model, code, generation config and tokenizer in `folder`."""
     try:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
     except ValueError as error:
@@ -167,7 +150,7 @@ def upload(
     create_pr: bool,
     commit_message: str,
 ) -> CommitInfo:
-    """Make a commit of the files in `staging`, in a repository and on a branch that are made where missing."""
+    """Commits the files in `staging`. The repository and the branch are created if they do not exist."""
     if not create_pr:
         api.create_repo(repo_id, private=private or None, exist_ok=True)
     if private:
@@ -191,7 +174,7 @@ def upload(
 
 
 def require_private(api: HfApi, repo_id: str) -> None:
-    """Raise `UserError` if the repository is public."""
+    """Raises `UserError` if the repository is public."""
     if not api.repo_info(repo_id).private:
         raise UserError(f"{repo_id} is public; make it private in its settings first, or choose another name")
 
@@ -200,9 +183,9 @@ def require_private(api: HfApi, repo_id: str) -> None:
 def reload_and_compare(
     api: HfApi, repo_id: str, commit: str, model: AlibiGPTForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Load `commit` in a new process without this package; `UserError` unless tokens and logits are the local ones.
+    """Loads `commit` in a new process without this package, and raises `UserError` if tokens or logits differ.
 
-    Both compute in float32. Logits may differ by 1e-5 of the largest, which is rounding.
+    Both models compute in float32. Rounding may change logits by 1e-5 of the largest one.
     """
     input_ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     logits = model.float()(input_ids).logits
@@ -210,16 +193,15 @@ def reload_and_compare(
         environment = os.environ | {"HF_ENDPOINT": api.endpoint, "HF_HUB_CACHE": scratch, "HF_MODULES_CACHE": scratch}
         if isinstance(api.token, str):
             environment["HF_TOKEN"] = api.token
-        results = Path(scratch) / "results.safetensors"
-        command = [sys.executable, "-c", RELOAD, repo_id, commit, str(results)]
-        process = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
-        if process.returncode:
-            reason = shorten(process.stderr.rpartition("Error: ")[2], 300)
-            raise UserError(f"{repo_id} was uploaded, but {commit} cannot be loaded: {reason}")
-        found = load_file(results)
-    if not torch.equal(found["input_ids"], input_ids):
+        request = Request(repo_id, revision=commit, text=PROMPT)
+        try:
+            found = run_fresh({"upload": request}, Path(scratch), environment)
+        except FreshProcessError as error:
+            reason = shorten(str(error), 300)
+            raise UserError(f"{repo_id} was uploaded, but {commit} cannot be loaded: {reason}") from error
+    if not torch.equal(found["upload input_ids"], input_ids):
         raise UserError(f"{repo_id} was uploaded, but the tokenizer of {commit} gives other tokens than the local one")
-    difference = (found["logits"] - logits).abs().max() / logits.abs().max()
+    difference = (found["upload logits"] - logits).abs().max() / logits.abs().max()
     if not difference <= 1e-5:
         raise UserError(
             f"{repo_id} was uploaded, but the logits of {commit} differ by {difference:.1g} of the largest"
@@ -228,7 +210,12 @@ def reload_and_compare(
 
 @contextmanager
 def hub_errors(repo_id: str, transfer: str = "upload to") -> Iterator[None]:
-    """Turn what the client raises into a `UserError` of one line; `transfer` is what may break off."""
+    """Turns the errors of the Hub's client into a `UserError` of one line.
+
+    Args:
+        repo_id: The repository.
+        transfer: What may break off, for the message.
+    """
     try:
         yield
     except UserError:
@@ -246,7 +233,8 @@ def hub_errors(repo_id: str, transfer: str = "upload to") -> Iterator[None]:
         raise UserError(
             f"{repo_id}: the Hub answers {status}, {refusal}; {advice.get(status, 'try again')}"
         ) from error
-    except (HTTPError, OSError, RuntimeError) as error:  # the last two where the client uploads weights
+    except (HTTPError, OSError, RuntimeError) as error:
+        # The client raises the last two while it uploads weights.
         reason = shorten(str(error.__cause__ or error), 200)
         raise UserError(
             f"the {transfer} {repo_id} broke off: {reason}; try again, and only what is missing is sent"

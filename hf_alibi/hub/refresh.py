@@ -1,20 +1,18 @@
-"""Bring the code that travels with a checkpoint up to date, with its weights untouched.
+"""Updates the code in a checkpoint, and leaves its weights untouched.
 
-A checkpoint holds the code of the release that saved it. A later Transformers may break that code, and a newer package
-does not mend it where the package is not installed. This replaces the code, in a folder or on the Hub:
+A checkpoint holds the code of the release that saved it, which a later Transformers may break. A newer release of this
+package repairs it only where that is installed. `refresh` replaces the code, in a folder or on the Hub:
 
     refresh("runs/books")
     refresh("me/books", create_pr=True)
 
-Before anything is changed, a new process that cannot import this package loads the weights with the new code, and its
-outputs are compared with those of the old code. Old code runs only with `trust_remote_code`. Without it, or where that
-code fails, the package's own model takes its place.
+Before anything changes, a new process that cannot import this package loads the weights with the new code. Its outputs
+are compared with those of the old code. Old code runs only with `trust_remote_code`. Without it, or if the old code
+fails, the outputs are compared with those of the package's own model.
 """
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +24,6 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
 from huggingface_hub.utils import validate_repo_id
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
@@ -36,43 +33,30 @@ from ..errors import UserError
 from ..model import modeling_alibi_gpt
 from ..version import __version__
 from .checkpoints import LOADING_ERRORS, load_config
+from .fresh_process import FreshProcessError, Request, run_fresh
 from .publish import hub_errors
 
 AUTO_MAP = modeling_alibi_gpt.AlibiGPTPreTrainedModel._auto_map
-TOKENS = 256  # in the text whose outputs are compared
-TOLERANCE = 1e-5  # of the largest output, which is rounding
-
-# Run by a Python process of its own: folder, Auto class, and the files for inputs and outputs are its arguments.
-RUN = """
-import sys
-sys.modules["hf_alibi"] = None  # importing it raises
-import torch
-import transformers
-from safetensors.torch import load_file, save_file
-folder, auto_class, inputs, results = sys.argv[1:]
-model = getattr(transformers, auto_class).from_pretrained(
-    folder, trust_remote_code=True, use_safetensors=True, dtype=torch.float32
-)
-with torch.no_grad():
-    outputs = model(load_file(inputs)["input_ids"], use_cache=False)
-save_file({name: value.contiguous() for name, value in outputs.items()}, results)
-"""
+# Length of the text whose outputs are compared.
+TOKENS = 256
+# As a fraction of the largest output. Rounding stays below it.
+TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
 class Change:
-    """What brings a checkpoint up to date.
+    """The changes that update a checkpoint.
 
     Attributes:
-        written: New content by file name.
-        deleted: Names of files of the old code that the new code does not have.
+        written: New content, by file name.
+        deleted: Files of the old code that the new code does not have.
     """
 
     written: dict[str, bytes]
     deleted: list[str]
 
     def lines(self) -> list[str]:
-        """One line for each file."""
+        """Returns one line for each file."""
         return [*(f"  write   {name}" for name in self.written), *(f"  delete  {name}" for name in self.deleted)]
 
 
@@ -85,22 +69,22 @@ def refresh(
     token: str | None = None,
     dry_run: bool = False,
 ) -> CommitInfo | Change | None:
-    """Bring the present code to the checkpoint in a folder or on the Hub, and print what changes.
+    """Brings the present code to the checkpoint in a folder or on the Hub, and prints what changes.
 
     Args:
-        checkpoint: A folder, which is changed in place, or the id of a repository of the Hub, which gets one commit.
-        revision: Branch of the repository to read and to commit to, or ``refs/pr/N``; None for main.
-        create_pr: Open a pull request in place of committing.
-        trust_remote_code: Run the old code that the checkpoint brings with it, to compare with.
-        token: Of the Hub, with the right to write; None takes that of ``hf auth login`` or ``HF_TOKEN``.
-        dry_run: Compare and print, and change nothing.
+        checkpoint: A folder, which is changed in place, or the id of a Hub repository, which gets one commit.
+        revision: Branch of the repository to read from and commit to, or `refs/pr/N`; None for main.
+        create_pr: Whether to open a pull request instead of committing.
+        trust_remote_code: Whether to run the old code in the checkpoint, to compare with.
+        token: Hub token with the right to write; None for that of `hf auth login` or `HF_TOKEN`.
+        dry_run: Whether only to compare and print.
 
     Returns:
-        The commit, or what changed in the folder; None if nothing had to, and after a dry run.
+        The commit, or what changed in the folder; None if nothing had to change, and after a dry run.
 
     Raises:
-        UserError: The checkpoint is none of ours or is damaged, an argument is not right, a file is in the way, the
-            outputs differ, or the Hub refuses or cannot be reached. Nothing has changed then.
+        UserError: If the checkpoint is damaged or no AlibiGPT, an argument is wrong, a file of the author has the name
+            of one of ours, the outputs differ, or the Hub refuses or cannot be reached. Nothing has changed then.
     """
     with masked(token):
         if Path(checkpoint).is_dir():
@@ -118,7 +102,7 @@ def refresh(
 def refresh_repository(
     repo_id: str, revision: str | None, create_pr: bool, trust_remote_code: bool, token: str | None, dry_run: bool
 ) -> CommitInfo | None:
-    """As `refresh`, for a repository of the Hub."""
+    """Does what `refresh` does, for a repository of the Hub."""
     with hub_errors(repo_id, "download of"):
         validate_repo_id(repo_id)
         api = HfApi(token=token)
@@ -141,14 +125,21 @@ def refresh_repository(
             commit_description="The weights are unchanged, and a forward pass gives the same outputs.",
             revision=revision,
             create_pr=create_pr,
-            parent_commit=commit,  # the Hub refuses if somebody has committed since the comparison
+            # The Hub refuses the commit if another one was made since the comparison.
+            parent_commit=commit,
         )
     print(f"{repo_id} has the code of hf_alibi {__version__}: {done.pr_url or done.commit_url}")
     return done
 
 
 def checked_change(folder: Path, name: str, trust_remote_code: bool) -> Change:
-    """What brings the checkpoint in `folder`, called `name`, up to date; prints it, and compares the outputs."""
+    """Returns the change that updates a checkpoint, after printing it and comparing the outputs.
+
+    Args:
+        folder: Where the checkpoint is.
+        name: What messages call it.
+        trust_remote_code: Whether the old code may run.
+    """
     change = find_change(folder, name)
     if not change.lines():
         print(f"{name} already has the code of hf_alibi {__version__}")
@@ -165,8 +156,9 @@ def checked_change(folder: Path, name: str, trust_remote_code: bool) -> Change:
 
 
 def find_change(folder: Path, name: str) -> Change:
-    """The files to write and to delete, by a look at the config and the code in `folder`."""
-    load_config(folder)  # which refuses pickled weights, and values that no model can have
+    """Returns the files to write and to delete, from the config and the code in `folder`."""
+    # Raises an error for pickled weights and invalid values.
+    load_config(folder)
     text = (folder / "config.json").read_text(encoding="utf-8")
     config = json.loads(text)
     if config.get("model_type") != hf_alibi.AlibiGPTConfig.model_type:
@@ -195,12 +187,12 @@ def find_change(folder: Path, name: str) -> Change:
 
 
 def content_of(path: Path) -> bytes | None:
-    """The content of a file, or None if there is none."""
+    """Returns the content of a file, or None if there is no such file."""
     return path.read_bytes() if path.exists() else None
 
 
 def new_code() -> dict[str, bytes]:
-    """The files that `save_pretrained` writes beside the weights, by name."""
+    """Returns the code that `save_pretrained` writes beside the weights, by file name."""
     room = Path(str(modeling_alibi_gpt.__file__)).parent
     roots = [room / module_file(target) for target in AUTO_MAP.values()]
     imported = [Path(str(file)) for root in roots for file in get_relative_import_files(root)]
@@ -208,7 +200,7 @@ def new_code() -> dict[str, bytes]:
 
 
 def old_code(folder: Path, auto_map: dict[str, Any]) -> set[str]:
-    """Names of the files in `folder` that our Auto classes load, directly or through another file."""
+    """Returns the names of the files in `folder` that our Auto classes load, directly or through another file."""
     targets = [*AUTO_MAP.values(), *(target for key, target in auto_map.items() if key in AUTO_MAP)]
     waiting, found = [module_file(target) for target in targets], set()
     while waiting:
@@ -220,12 +212,12 @@ def old_code(folder: Path, auto_map: dict[str, Any]) -> set[str]:
 
 
 def module_file(target: str) -> str:
-    """The file of an entry of `auto_map`, which may name another repository: "me/books--modeling_x.Class"."""
+    """Returns the file of an `auto_map` entry, which may name another repository: "me/books--modeling_x.Class"."""
     return target.rpartition("--")[2].rpartition(".")[0] + ".py"
 
 
 def auto_class_of(config: dict[str, Any], name: str) -> tuple[str, str]:
-    """The Auto class and the model class for the head that the weights have."""
+    """Returns the names of the Auto class and of the model class for the head that the weights have."""
     by_class = {target.rpartition(".")[2]: auto for auto, target in AUTO_MAP.items() if auto != "AutoConfig"}
     architectures = config.get("architectures") or []
     if len(architectures) != 1 or architectures[0] not in by_class:
@@ -234,49 +226,48 @@ def auto_class_of(config: dict[str, Any], name: str) -> tuple[str, str]:
 
 
 def compare(folder: Path, change: Change, trust_remote_code: bool) -> tuple[float, str]:
-    """The largest difference in the outputs, as a fraction of the largest output, and what they were compared with."""
+    """Returns the largest difference in the outputs over the largest output, and what they were compared with."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     auto_class, class_name = auto_class_of(config, str(folder))
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(config["vocab_size"], (1, TOKENS), generator=generator)
     with TemporaryDirectory() as scratch:
-        save_file({"input_ids": input_ids}, Path(scratch) / "inputs.safetensors")
         expected, reference = None, ""
         if trust_remote_code and config.get("auto_map"):
-            expected, reason = run_code(folder, auto_class, Path(scratch), "old")
             reference = "the old code"
-            if expected is None:
-                print(f"  the old code does not run: {reason}")
+            try:
+                expected = run_code(folder, auto_class, input_ids, Path(scratch) / "old")
+            except FreshProcessError as error:
+                print(f"  the old code does not run: {shorten(str(error), 300)}")
         if expected is None:
             expected, reference = own_outputs(folder, class_name, input_ids), "the package's own model"
         staging = Path(scratch) / "staging"
         stage(folder, change, staging)
-        found, reason = run_code(staging, auto_class, Path(scratch), "new")
-    if found is None:
-        raise UserError(f"{folder}: the new code does not run: {reason}; nothing was changed")
+        try:
+            found = run_code(staging, auto_class, input_ids, Path(scratch) / "new")
+        except FreshProcessError as error:
+            reason = shorten(str(error), 300)
+            raise UserError(f"{folder}: the new code does not run: {reason}; nothing was changed") from error
     if found.keys() != expected.keys():
         raise UserError(f"{folder}: the new code returns {sorted(found)}, the old code {sorted(expected)}")
     differences = [(found[key] - expected[key]).abs().max() / expected[key].abs().max() for key in found]
     return float(max(differences)), reference
 
 
-def run_code(folder: Path, auto_class: str, scratch: Path, name: str) -> tuple[dict[str, Tensor] | None, str]:
-    """Outputs of the code in `folder`, from a process without this package or a token, or None and the reason."""
-    results = scratch / f"{name}.safetensors"
+def run_code(folder: Path, auto_class: str, input_ids: Tensor, scratch: Path) -> dict[str, Tensor]:
+    """Returns the outputs of the code in `folder`, from a process that has neither this package nor a token."""
+    scratch.mkdir()
     environment = {key: value for key, value in os.environ.items() if "TOKEN" not in key}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / name)}
-    arguments = [str(folder.resolve()), auto_class, str(scratch / "inputs.safetensors"), str(results)]
-    process = subprocess.run(
-        [sys.executable, "-c", RUN, *arguments], env=environment, cwd=scratch, capture_output=True, text=True
-    )
-    if process.returncode:
-        return None, shorten(process.stderr.strip().rpartition("\n")[2], 300)
-    return load_file(results), ""
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")}
+    request = Request(str(folder.resolve()), input_ids.tolist(), auto_class)
+    found = run_fresh({"checkpoint": request}, scratch, environment)
+    outputs = {name.removeprefix("checkpoint "): value for name, value in found.items()}
+    return {name: value for name, value in outputs.items() if name not in ("input_ids", "is remote")}
 
 
 @torch.no_grad()
 def own_outputs(folder: Path, class_name: str, input_ids: Tensor) -> dict[str, Tensor]:
-    """Outputs of the class of this package."""
+    """Returns the outputs of this package's class."""
     loaded: Any
     try:
         loaded = getattr(hf_alibi, class_name).from_pretrained(
@@ -286,12 +277,12 @@ def own_outputs(folder: Path, class_name: str, input_ids: Tensor) -> dict[str, T
         raise UserError(f"cannot load the weights of {folder}: {shorten(str(error), 300)}") from error
     model, info = loaded
     if info["missing_keys"]:
-        raise UserError(f"{folder} lacks weights that its config asks for: {min(info['missing_keys'])} for one")
+        raise UserError(f"{folder} lacks weights that its config asks for, such as {min(info['missing_keys'])}")
     return dict(model(input_ids, use_cache=False))
 
 
 def stage(folder: Path, change: Change, staging: Path) -> None:
-    """Make `staging` what `folder` will be, with links to what stays."""
+    """Makes `staging` what `folder` will be, with links to the files that stay."""
     staging.mkdir()
     for path in folder.iterdir():
         if path.is_file() and path.name not in change.written and path.name not in change.deleted:
@@ -301,7 +292,11 @@ def stage(folder: Path, change: Change, staging: Path) -> None:
 
 
 def apply(change: Change, folder: Path) -> None:
-    """Change the files in `folder`; each is whole at every moment, and the config comes after the code it names."""
+    """Changes the files in `folder`.
+
+    Every file is replaced at once, and the config comes after the code it names, so that an interruption leaves no
+    broken file.
+    """
     try:
         for name in sorted(change.written, key=lambda name: (name == "config.json", name)):
             part = folder / f".{name}.part"
@@ -310,12 +305,12 @@ def apply(change: Change, folder: Path) -> None:
         for name in change.deleted:
             (folder / name).unlink()
     except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error}; repeat the command when it can") from error
+        raise UserError(f"{folder} cannot be written: {error}; make it writable and repeat the command") from error
 
 
 @contextmanager
 def masked(token: str | None) -> Iterator[None]:
-    """Keep the token out of what a `UserError` says."""
+    """Removes the token from the message of a `UserError`."""
     secret = (token or get_token() or "").strip()
     try:
         yield

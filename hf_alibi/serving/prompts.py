@@ -1,12 +1,12 @@
-"""From the text of a request to token ids, in a thread of its own.
+"""Turns the text of a request into token ids, in a separate thread.
 
-The event loop answers other clients meanwhile. The thread has a tokenizer of its own too, as tokenizers cannot be
-changed while another thread decodes with them, and how special tokens are read is a state of theirs.
+Meanwhile the event loop answers other clients. The thread has its own copy of the tokenizer: encoding may change the
+tokenizer's state (how it reads special tokens), which is not allowed while another thread decodes with it.
 
-What a client writes in a chat is text: a message that spells a special token, such as the one that ends each turn, has
-the tokens of that spelling and does not end its turn. Only the chat template puts special tokens into a conversation.
-The prompt of a completion has no such borders. It is tokenized as it is, its special tokens too, as by
-``tokenizer(prompt)``.
+In a chat, everything that a client writes is plain text. A message that spells a special token, such as the one that
+ends each turn, gets the tokens of these letters, and does not end its turn. Only the chat template puts special tokens
+into a conversation. The prompt of a completion has no turns to protect. It is tokenized as by `tokenizer(prompt)`,
+with its special tokens.
 """
 
 import asyncio
@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerBase
 
 
 class PromptEncoder:
-    """Encodes one prompt after the other.
+    """Encodes prompts, one after the other.
 
     Args:
-        tokenizer: Of the model; it is copied.
+        tokenizer: Of the model. It is copied.
         template_options: Further variables of the chat template.
     """
 
@@ -34,14 +34,14 @@ class PromptEncoder:
         self.thread = ThreadPoolExecutor(1, "tokenizer")
 
     async def completion(self, prompt: str) -> list[int]:
-        """Token ids of a text to continue."""
+        """Returns the token ids of a text to continue."""
         return await self._in_thread(lambda: self._ids(prompt))
 
     async def chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant's answer begins.
+        """Returns the token ids of a conversation, up to the beginning of the assistant's answer.
 
         Raises:
-            jinja2.TemplateError: The chat template refuses the conversation.
+            jinja2.TemplateError: If the chat template refuses the conversation.
         """
         return await self._in_thread(lambda: encode_chat(self.tokenizer, messages, **self.template_options))
 
@@ -55,17 +55,18 @@ class PromptEncoder:
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **template_options: Any
 ) -> list[int]:
-    """Token ids of `messages` in the chat template, with the special tokens of the template alone.
+    """Returns the token ids of `messages` in the chat template. Only the template's special tokens are special.
 
-    They are those of `apply_chat_template` where no message spells a special token. Where one does, its spelling is
-    kept from the template behind a placeholder, the template's own special tokens are found, and what stands between
-    them is encoded as plain text.
+    If no message spells a special token, they are those of `apply_chat_template`. Otherwise placeholders replace such
+    spellings before the template is rendered. Then the special tokens in the result are the template's own, and the
+    text between them is encoded as plain text, after the spellings are put back.
     """
     special = {
         token.content: (index, token) for index, token in tokenizer.added_tokens_decoder.items() if token.special
     }
     pattern = re.compile("|".join(re.escape(text) for text in sorted(special, key=len, reverse=True)) or r"(?!)")
-    mark = uuid.uuid4().hex  # no client can know it
+    # Random, so that no client can write a placeholder.
+    mark = uuid.uuid4().hex
     spelled: list[str] = []
 
     def hide(match: re.Match[str]) -> str:
@@ -87,7 +88,8 @@ def encode_chat(
         )
     input_ids: list[int] = []
     start = 0
-    strips = False  # whether the special token before takes the spaces after it
+    # Whether the previous special token absorbs the spaces that follow it.
+    strips = False
     for match in [*pattern.finditer(rendered), None]:
         text = rendered[start : match.start() if match else None]
         index, token = special[match[0]] if match else (None, None)

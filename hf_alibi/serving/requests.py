@@ -1,8 +1,8 @@
-"""What a request to the server may say: the part of OpenAI's API that this server carries out.
+"""The requests that the server accepts: a part of OpenAI's API.
 
-Names and meanings are OpenAI's (https://platform.openai.com/docs/api-reference); `generation_config` is added by
-Transformers, whose `chat` puts its settings there. A field that is missing here is refused, not ignored, and so is a
-value that `generate` would refuse: before anything is computed, and with a message that names the field.
+Names and meanings are OpenAI's (https://platform.openai.com/docs/api-reference). Transformers adds
+`generation_config`, where its `chat` puts its settings. Fields that are not listed here, and values that `generate`
+would refuse, get an error that names the field, before anything is computed.
 """
 
 from typing import Annotated, Literal
@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Json, Positiv
 
 
 def is_unicode(text: str) -> str:
-    """Return `text`; raise `ValueError` for a lone surrogate, which JSON can spell but no encoding can hold."""
+    """Returns `text`. Raises `ValueError` for a lone surrogate, which JSON can spell but UTF-8 cannot encode."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -22,13 +22,14 @@ def is_unicode(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(is_unicode)]
 StopString = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(is_unicode)]
-Temperature = Literal[0] | Annotated[float, Field(ge=0.01)]  # 0: no sampling; logits over less would overflow
+# 0 turns sampling off. Logits divided by less than 0.01 could overflow.
+Temperature = Literal[0] | Annotated[float, Field(ge=0.01)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 
 
 class Body(BaseModel):
-    """The JSON object of a request: types as declared, without conversion, and no other fields."""
+    """The JSON object of a request. Values must have the declared types, and there are no further fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -45,7 +46,8 @@ class GenerationOptions(Body):
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     no_repeat_ngram_size: PositiveInt | None = None
-    transformers_version: Text | None = None  # which has no effect
+    # Has no effect.
+    transformers_version: Text | None = None
 
 
 class ModelRequest(Body):
@@ -55,7 +57,7 @@ class ModelRequest(Body):
 
 
 class StreamOptions(Body):
-    """Options of a stream, without effect: every stream ends with its usage."""
+    """Options of a stream. They have no effect: every stream ends with the number of tokens used."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
@@ -74,7 +76,8 @@ class GenerationRequest(Body):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     generation_config: Json[GenerationOptions] | None = None
     n: Literal[1] | None = None
-    user: Text | None = None  # which has no effect
+    # Has no effect.
+    user: Text | None = None
     stream_options: StreamOptions | None = None
 
 
@@ -99,7 +102,7 @@ class Message(Body):
     content: Text | list[TextPart]
 
     def as_text(self) -> dict[str, str]:
-        """The turn as chat templates take it: with the texts of its parts joined."""
+        """Returns the turn in the form that chat templates expect, with the texts of its parts joined."""
         parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
         return {"role": self.role, "content": "".join(parts)}
 

@@ -1,17 +1,18 @@
-"""Transformers' server, made fit for clients that make mistakes, ask for too much, or leave.
+"""Transformers' server, hardened against clients that make mistakes, ask for too much, or disconnect.
 
-Loading, generation and streaming are Transformers' own (`transformers.cli.serving`). Its `Serve` has `build_server`
-make the FastAPI application; `hf_alibi/cli/serve.py` puts the one below in its place, which
+Loading, generation and streaming are Transformers' own (`transformers.cli.serving`). Its `Serve` calls `build_server`
+to make the FastAPI application. `hf_alibi/cli/serve.py` replaces that function with the one below. The application
 
-- answers completions, chat, the list of models and the loading of the model, and leaves out what it cannot answer
-  for (responses, audio, decisions);
-- reads requests as `requests.py` says, so that bad ones get a 4xx with a message, in OpenAI's form;
-- tokenizes as `prompts.py` says, beside the event loop;
-- refuses bodies, and prompts with their continuations, beyond `max_total_tokens`, since ALiBi has no limit of its own;
-- stops generating when the client has gone, whether its answer is streamed or not;
-- ends streams with ``data: [DONE]``, as OpenAI does.
+- has routes for completions, chat, the list of models and loading the model, and none for what it does not support
+  (responses, audio, decisions);
+- validates requests with `requests.py`, so that bad ones get a 4xx with a message in OpenAI's form;
+- tokenizes with `prompts.py`, outside the event loop;
+- refuses bodies that are too large, and prompts that together with their continuations have more than
+  `max_total_tokens`, because ALiBi itself has no limit;
+- stops generating when the client disconnects, whether the answer is streamed or not;
+- ends streams with `data: [DONE]`, as OpenAI does.
 
-Requests wait in line for `generate`, or with ``--continuous_batching`` run together.
+`generate` handles one request at a time. With `--continuous_batching` requests run together.
 """
 
 import asyncio
@@ -42,14 +43,17 @@ from .prompts import PromptEncoder
 from .requests import ChatRequest, CompletionRequest, GenerationOptions, GenerationRequest, ModelRequest
 
 KEPT_PATHS = {"/health", "/openapi.json"}
-"""Routes of Transformers that take no body, so that no request to them can be bad."""
+"""Routes of Transformers that stay. They take no body, so no request to them can be bad."""
 
 BYTES_PER_TOKEN, BYTES_BESIDES = 16, 65_536
-"""Room in a body: a token of text in JSON takes about 4 bytes, at most 6 for each character that is not ASCII."""
+"""Size of a body: 16 bytes per token, and 64 KiB for everything else.
+
+A token of text takes about 4 bytes in JSON. A character that is not ASCII takes up to 6.
+"""
 
 PER_REQUEST = {"max_new_tokens", "transformers_version"}
 SAMPLING = sorted({*GenerationOptions.model_fields, "sequence_bias", "stop_strings"} - PER_REQUEST)
-"""Settings of generation that continuous batching cannot have for each request."""
+"""Generation settings that continuous batching cannot have per request."""
 
 
 def build_server(
@@ -64,6 +68,10 @@ def build_server(
     """Returns the application that serves the one model `model_manager.force_model`.
 
     Args:
+        model_manager: Has loaded the model.
+        chat_handler: Transformers' handler of chats.
+        completion_handler: Transformers' handler of completions.
+        generation_state: Has the managers that run generations.
         max_total_tokens: Most tokens of a prompt and its continuation together.
         others: Further arguments of Transformers' `build_server`.
     """
@@ -76,7 +84,8 @@ def build_server(
     )
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in KEPT_PATHS]
     model_id = model_manager.process_model_name(str(model_manager.force_model))
-    model, processor = model_manager.load_model_and_processor(model_id)  # it is loaded already
+    # Returns the model that was loaded at the start.
+    model, processor = model_manager.load_model_and_processor(model_id)
     tokenizer: Any = getattr(processor, "tokenizer", processor)
     use_cb = generation_state.use_continuous_batching(model, Modality.LLM)
     manager = generation_state.get_manager(model_id, use_cb=use_cb)
@@ -118,7 +127,7 @@ def build_server(
 
 
 def _add_model_routes(app: FastAPI, model_manager: ModelManager) -> None:
-    """The list of models, and the loading that `transformers chat` begins with: both know one model only."""
+    """Adds the list of models, and the loading with which `transformers chat` starts. Both know only the one model."""
     name = str(model_manager.force_model)
 
     @app.get("/v1/models")
@@ -133,12 +142,13 @@ def _add_model_routes(app: FastAPI, model_manager: ModelManager) -> None:
 
 
 def _start_batching(manager: Any, model: PreTrainedModel) -> int:
-    """Starts continuous batching and returns how many tokens its cache holds: a longer request would end it."""
+    """Starts continuous batching and returns how many tokens its cache holds. A longer request would crash it."""
     manager.init_cb(model, model.generation_config)
     while manager.is_alive():
         try:
             return int(manager.scheduler.cache.max_tokens_read)
-        except RuntimeError:  # its thread still makes the cache
+        except RuntimeError:
+            # Its thread is still creating the cache.
             time.sleep(0.05)
     raise UserError("continuous batching could not start; the log says why")
 
@@ -150,13 +160,21 @@ def _check_model(model_manager: ModelManager, name: str | None) -> None:
 
 @dataclass
 class Service:
-    """The model that is served, and what runs its generations."""
+    """The served model, and the manager that runs its generations.
+
+    Attributes:
+        model_id: The name under which Transformers knows the model.
+        model: The model.
+        tokenizer: Of the model.
+        manager: Runs generations.
+        use_cb: Whether continuous batching is used.
+    """
 
     model_id: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     manager: "BoundedManager"
-    use_cb: bool  # continuous batching
+    use_cb: bool
 
     async def generate(
         self,
@@ -166,7 +184,7 @@ class Service:
         input_ids: list[int],
         **options: Any,
     ) -> Response:
-        """The answer of a handler of Transformers to `body`, whose prompt is `input_ids`."""
+        """Returns the answer of Transformers' `handler` to `body`, whose prompt is `input_ids`."""
         fields = body.model_dump(exclude_unset=True, round_trip=True)
         gen_config = handler._build_generation_config(fields, self.model.generation_config, use_cb=self.use_cb)
         inputs: dict[str, Any] = {"input_ids": input_ids}
@@ -185,13 +203,15 @@ class Service:
 
 
 async def _unless_gone(request: Request, answer: Coroutine[Any, Any, Response]) -> Response:
-    """The answer, which is called off if the client goes before it is there."""
+    """Returns the answer. Cancels it if the client disconnects first."""
     task = asyncio.ensure_future(answer)
-    gone = asyncio.ensure_future(request.receive())  # nothing but the disconnection can follow the body
+    # After the body, the only thing that can arrive is the disconnection.
+    gone = asyncio.ensure_future(request.receive())
     await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
     if not task.done():
         task.cancel()
-        return Response(status_code=499)  # for the log: nobody reads it
+        # Nobody receives this response. The status is for the log.
+        return Response(status_code=499)
     gone.cancel()
     return task.result()
 
@@ -203,17 +223,17 @@ async def _with_end(events: AsyncIterable[Any]) -> AsyncIterator[Any]:
 
 
 class BoundedManager(BaseGenerateManager):
-    """What runs generations in Transformers' server, without those that are too long or that nobody waits for."""
+    """Wraps Transformers' manager of generations. Refuses requests that are too long, and stops abandoned ones."""
 
     def __init__(self, manager: BaseGenerateManager, max_total_tokens: int) -> None:
         self.manager = manager
         self.max_total_tokens = max_total_tokens
 
     def init_cb(self, model: PreTrainedModel, gen_config: GenerationConfig) -> None:
-        """Prepares continuous batching, which samples for all requests in one way.
+        """Prepares continuous batching, which samples all requests with the same settings.
 
         Raises:
-            HTTPException: 400, if the request asks for another way than the checkpoint's own.
+            HTTPException: 400, if the request asks for other settings than those of the checkpoint.
         """
         own = model.generation_config
         asked = [name for name in SAMPLING if (getattr(gen_config, name) or None) != (getattr(own, name) or None)]
@@ -223,25 +243,32 @@ class BoundedManager(BaseGenerateManager):
             )
         self.manager.init_cb(model, gen_config)
 
-    def generate_streaming(  # type: ignore[override]  # Transformers names all further arguments
+    # The override passes on all further arguments, which Transformers lists by name.
+    def generate_streaming(  # type: ignore[override]
         self, model: PreTrainedModel, processor: Any, inputs: Any, gen_config: GenerationConfig, **kwargs: Any
     ) -> tuple[asyncio.Queue[Any], Any]:
-        """As in Transformers; raises `HTTPException` for a request that is too long."""
+        """Does what the method of Transformers does. Raises `HTTPException` for a request that is too long."""
         self._prepare(model, inputs, gen_config)
         return self.manager.generate_streaming(model, processor, inputs, gen_config, **kwargs)
 
     async def generate_non_streaming(  # type: ignore[override]
         self, model: PreTrainedModel, processor: Any, inputs: Any, gen_config: GenerationConfig, **kwargs: Any
     ) -> Any:
-        """As in Transformers; raises `HTTPException` for a request that is too long. Stops when it is cancelled."""
+        """Does what the method of Transformers does, and stops when it is cancelled.
+
+        Raises:
+            HTTPException: 400, for a request that is too long.
+        """
         self._prepare(model, inputs, gen_config)
-        calling_off = CallingOff()  # continuous batching knows no such thing: there it runs on beside the others
-        inputs = {**inputs, "stopping_criteria": [calling_off]}
+        # Continuous batching ignores it: there a cancelled generation continues beside the others.
+        cancellation = Cancellation()
+        inputs = {**inputs, "stopping_criteria": [cancellation]}
         generation = self.manager.generate_non_streaming(model, processor, inputs, gen_config, **kwargs)
         try:
-            return await asyncio.shield(generation)  # its thread reports to it even then
+            # Shielded, because the generating thread reports to it even after a cancellation.
+            return await asyncio.shield(generation)
         except asyncio.CancelledError:
-            calling_off.event.set()
+            cancellation.event.set()
             raise
 
     def _prepare(self, model: PreTrainedModel, inputs: Any, gen_config: GenerationConfig) -> None:
@@ -255,21 +282,22 @@ class BoundedManager(BaseGenerateManager):
         own = model.generation_config
         given = [getattr(gen_config, name) not in (None, getattr(own, name)) for name in ("temperature", "top_p")]
         if gen_config.do_sample is None and any(given):
-            gen_config.do_sample = True  # OpenAI's clients have no other way to ask for it
+            # OpenAI's API has no other way to ask for sampling.
+            gen_config.do_sample = True
 
     def stop(self) -> None:
-        """As in Transformers."""
+        """Stops the manager."""
         self.manager.stop()
 
 
-class CallingOff(StoppingCriteria):
+class Cancellation(StoppingCriteria):
     """Ends a generation at its next token once `event` is set."""
 
     def __init__(self) -> None:
         self.event = threading.Event()
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Whether each sequence `[batch, length]` ends here: a boolean tensor `[batch]`."""
+        """Returns whether each sequence ends here, `[batch]`, booleans. `input_ids` is `[batch, length]`."""
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
@@ -281,7 +309,7 @@ class BodyLimit:
         self.max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, or answers 411 or 413."""
+        """Passes a request to the application, or answers 411 or 413."""
         answer = self.app
         if scope["type"] == "http":
             headers = dict(scope["headers"])
@@ -293,19 +321,20 @@ class BodyLimit:
 
 
 def _error(status: int, message: Any) -> JSONResponse:
-    """An error in OpenAI's form; what no encoding can hold is shown as an escape."""
+    """Returns an error in OpenAI's form. Characters that UTF-8 cannot encode become escapes."""
     message = str(message).encode("utf-8", "backslashreplace").decode()
     return JSONResponse({"error": {"message": message, "type": "invalid_request_error", "code": None}}, status)
 
 
 def _explain(error: RequestValidationError) -> str:
-    """What is wrong with a request, field by field."""
+    """Returns what is wrong with a request, field by field."""
     reasons = []
     for problem in error.errors():
-        # Where a field has a choice of types, pydantic puts the type into the path, in brackets of its own.
+        # For a field with a choice of types, pydantic adds the type to the path, in brackets.
         path = [str(part) for part in problem["loc"][1:] if "[" not in str(part)]
         field = ".".join(path) or "the body"
-        if problem["msg"] == "JSON decode error":  # where it happened takes the place of the field
+        if problem["msg"] == "JSON decode error":
+            # The position of the error takes the place of the field.
             reasons.append(f"the body is not JSON: {problem['ctx']['error']} (character {field})")
         else:
             reasons.append(f"{field}: {problem['msg']}")

@@ -1,15 +1,15 @@
 """From text to blocks of tokens: corpora, a tokenizer trained on the spot, and packing.
 
-A *corpus* is a `datasets.DatasetDict` (an `IterableDatasetDict` when streaming) with the splits ``train`` and
-``validation`` and one column, ``text``: one document a row. It comes from the Hub, from local files, or from the
-source files of the running Python's standard library, which need no network. Three lines prepare a training run::
+A *corpus* is a `datasets.DatasetDict` (an `IterableDatasetDict` when streaming) with the splits `train` and
+`validation`, and one column, `text`, with one document per row. It comes from the Hub, from local files, or from the
+source files of Python's standard library, which need no network. Three lines prepare a training run:
 
     corpus = standard_library_corpus()
     tokenizer = train_tokenizer(corpus["train"]["text"], vocab_size=4096)
     blocks = pack(corpus, tokenizer, block_size=256)
 
-`pack` loses nothing: each document is tokenised whole and closed with the end-of-text token, and each of these tokens
-lands in exactly one block. `collate_blocks` turns blocks into the tensors that a causal language model trains on.
+`pack` loses no token: each document is tokenised whole and ends with the end-of-text token, and each of these tokens
+is in exactly one block. `collate_blocks` turns blocks into the tensors that a causal language model trains on.
 """
 
 import glob
@@ -67,26 +67,27 @@ CHAT_TEMPLATE = r"""
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"""
-"""A conversation as training sees texts: each message is a document, whose first line says who speaks.
+"""A conversation in the form of training texts: each message is a document whose first line is the role.
 
-Content is a text, or a list of parts of type text, which are joined. What an assistant says, and the token that ends
-it, is marked for trainers that learn from it alone (TRL's ``assistant_only_loss``). What the first messages of a
-conversation give is how the whole begins.
+Content is a text, or a list of parts of type text, which are joined. The assistant's words and the token that ends
+them are marked for trainers that learn only from these (TRL's `assistant_only_loss`). Rendering the first messages of
+a conversation gives the beginning of the rendered conversation.
 """
 
-# Tests outweigh the library; the tables of `encodings` are hardly text; packages and build settings differ by machine.
+# Left out: tests, which are larger than the library; `encodings`, which is tables rather than text; packages and build
+# settings, which differ between machines.
 SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
 SKIPPED_PREFIX = "_sysconfigdata"
 
 
 def standard_library_corpus() -> DatasetDict:
-    """The Python source files of the running interpreter's standard library, one document a file.
+    """Returns the Python source files of the running interpreter's standard library, one document per file.
 
-    About 600 files and 10 MB, a tenth of them in the validation split: among these are several of more than 16,384
-    tokens. The split depends on a file's path alone, so it is the same on every machine and for every Python version.
+    There are about 600 files with 10 MB. A tenth of them, several with more than 16,384 tokens, are in the validation
+    split. The split depends only on a file's path, so it is the same on every machine and for every Python version.
 
     Raises:
-        UserError: this Python comes without the source files of its library.
+        UserError: If this Python has no source files of its library.
     """
     library = Path(sysconfig.get_path("stdlib"))
     splits: dict[str, list[str]] = {"train": [], "validation": []}
@@ -110,13 +111,13 @@ def load_hub_corpus(
     streaming: bool = False,
     validation_percentage: int = 5,
 ) -> Corpus:
-    """A dataset of the Hub by its name (or a local folder of the same form), one document a row.
+    """Returns a dataset of the Hub (or of a local folder of the same form), one document per row.
 
-    Its own ``validation`` split is used if it has one. Otherwise `validation_percentage` of the documents of ``train``
-    are held out (none if 0), chosen by a hash of the text, so that copies of one document stay on the same side.
+    If the dataset has a `validation` split, that is used. Otherwise `validation_percentage` of the documents of
+    `train` are held out (none if 0). A hash of the text chooses them, so copies of a document are in the same split.
 
     Raises:
-        UserError: the dataset cannot be read, or has no ``train`` split, no column `text_column`, or no text.
+        UserError: If the dataset cannot be read, or has no `train` split, no column `text_column`, or no text.
     """
     source = {"path": name, "name": config_name, "streaming": streaming}
     return _as_corpus(name, source, text_column, validation_percentage)
@@ -130,30 +131,31 @@ def load_file_corpus(
     streaming: bool = False,
     validation_percentage: int = 5,
 ) -> Corpus:
-    """Local files, each given as a path or as a glob pattern (``"books/**/*.txt"``).
+    """Returns the text of local files, each given as a path or as a glob pattern (`"books/**/*.txt"`).
 
-    A plain text file is one document; a JSON Lines or Parquet file has one document a row, in `text_column`. Without
+    A plain text file is one document. A JSON Lines or Parquet file has one document per row, in `text_column`. Without
     `validation_file`, documents are held out as in `load_hub_corpus`.
 
     Raises:
-        UserError: there is no such file, its extension is not in `READERS`, or it has no `text_column` or no text.
+        UserError: If there is no such file, its extension is not in `READERS`, or it has no `text_column` or no text.
     """
     patterns = {"train": train_file} | ({"validation": validation_file} if validation_file else {})
     data_files = {split: _matching_files(pattern) for split, pattern in patterns.items()}
     readers = sorted({_reader(path) for paths in data_files.values() for path in paths})
     if len(readers) > 1:
         raise UserError(f"the files of one corpus must be of one kind, not {' and '.join(readers)}")
+    # `load_dataset` takes file names for patterns.
     escaped = {split: [glob.escape(path) for path in paths] for split, paths in data_files.items()}
-    source = {"path": readers[0], "data_files": escaped, "streaming": streaming}  # which it takes for patterns
+    source = {"path": readers[0], "data_files": escaped, "streaming": streaming}
     if readers[0] == "text":
         source["sample_by"] = "document"
     return _as_corpus(" and ".join(patterns.values()), source, text_column, validation_percentage)
 
 
 def _matching_files(pattern: str) -> list[str]:
-    """The files that a path or glob pattern names, in sorted order and without those of no bytes.
+    """Returns the files that a path or glob pattern names, sorted and without empty ones.
 
-    A path to a file is that file, whatever a pattern would make of the brackets, stars and question marks in its name.
+    If a file has exactly this name, it is the only one: brackets, stars and question marks in it are no pattern.
     """
     found = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
     paths = sorted(path for path in found if Path(path).is_file())
@@ -173,7 +175,7 @@ def _reader(path: str) -> str:
 
 
 def _as_corpus(name: str, source: dict[str, Any], text_column: str, validation_percentage: int) -> Corpus:
-    """Load `source` with `load_dataset`, check it, and reduce it to the form of a corpus."""
+    """Loads `source` with `load_dataset`, checks it, and returns it as a corpus."""
     try:
         splits = load_dataset(**source)
         used = [split for split in ("train", "validation") if split in splits]
@@ -203,7 +205,7 @@ def _as_corpus(name: str, source: dict[str, Any], text_column: str, validation_p
 
 @contextmanager
 def reading_errors() -> Iterator[None]:
-    """Turn what is wrong with streamed data, and shows only when it is reached, into a `UserError`."""
+    """Raises `UserError` for errors in streamed data, which only show when the stream reaches them."""
     try:
         yield
     except (UnicodeDecodeError, DatasetsError) as error:
@@ -211,14 +213,14 @@ def reading_errors() -> Iterator[None]:
 
 
 def _is_document(text: Any) -> bool:
-    """Whether there is text in a row. Raises `UserError` if it holds something else."""
+    """Returns whether a row holds text that is not empty. Raises `UserError` if it holds something else."""
     if not isinstance(text, str | None):
         raise UserError(f"the column of the text holds {type(text).__name__} further on: {shorten(str(text), 60)}")
     return bool(text)
 
 
 def _hold_out(corpus: Corpus, percentage: int) -> Corpus:
-    """Move about `percentage` of the documents of ``train`` to a new split ``validation``."""
+    """Moves about `percentage` of the documents of `train` to a new split `validation`."""
     documents = corpus["train"]
     corpus["train"] = documents.filter(lambda text: not _is_held_out(text, percentage), input_columns="text")
     corpus["validation"] = documents.filter(lambda text: _is_held_out(text, percentage), input_columns="text")
@@ -226,12 +228,12 @@ def _hold_out(corpus: Corpus, percentage: int) -> Corpus:
 
 
 def _is_held_out(key: str, percentage: int) -> bool:
-    """Whether `key` falls into the held-out part; the same for every process and machine, unlike Python's hash."""
+    """Returns whether `key` is held out: the same in every process and on every machine, unlike Python's hash."""
     return zlib.crc32(key.encode("utf-8")) % 100 < percentage
 
 
 def _with_documents(corpus: Corpus) -> Corpus:
-    """Return `corpus`; raise `UserError` if a split of it has no document."""
+    """Returns `corpus`. Raises `UserError` if one of its splits has no document."""
     for split, documents in corpus.items():
         if next(iter(documents), None) is None:
             raise UserError(
@@ -244,14 +246,14 @@ def _with_documents(corpus: Corpus) -> Corpus:
 def train_tokenizer(
     documents: Iterable[str], vocab_size: int, max_characters: int = 50_000_000
 ) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer (Radford et al. 2019) on the first `max_characters` of the documents.
+    """Trains a byte-level BPE tokenizer (Radford et al. 2019) on the first `max_characters` of the documents.
 
-    Any text survives encoding and decoding unchanged. ``<|endoftext|>`` begins and ends documents, ``<|padding|>``
-    pads, and `CHAT_TEMPLATE` lays out conversations. The same documents give the same tokenizer, of `vocab_size`
-    entries or fewer if the text is too short for that many.
+    Encoding and decoding leave any text unchanged. `<|endoftext|>` begins and ends documents, `<|padding|>` pads, and
+    `CHAT_TEMPLATE` formats conversations. The same documents give the same tokenizer. It has `vocab_size` entries, or
+    fewer if the text is too short for that many.
 
     Raises:
-        UserError: `vocab_size` has no room for the 256 bytes and the two special tokens.
+        UserError: If `vocab_size` has no room for the 256 bytes and the two special tokens.
     """
     special_tokens = [END_OF_TEXT, PADDING]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -279,7 +281,7 @@ def train_tokenizer(
 
 
 def _first_characters(documents: Iterable[str], count: int) -> Iterator[str]:
-    """The documents up to the one that brings their characters to `count`."""
+    """Yields documents until they have `count` characters together. The last one is cut there."""
     for document in documents:
         if count <= 0:
             return
@@ -290,21 +292,23 @@ def _first_characters(documents: Iterable[str], count: int) -> Iterator[str]:
 def pack(
     documents: AnyDataset, tokenizer: PreTrainedTokenizerBase, block_size: int, isolate_documents: bool = False
 ) -> AnyDataset:
-    """Tokenise `documents` and cut them into blocks of `block_size` tokens, without loss.
+    """Tokenises `documents` and cuts them into blocks of `block_size` tokens, without loss.
 
-    The documents of a batch of 1,000 are put end to end, each closed by the end-of-text token, and cut every
-    `block_size` tokens. The last block of each batch takes what is left, so it may be shorter (and if that were a
-    single token, the block before gives it one of its own). Special tokens that are spelled out in a document are
-    read as the plain text that they are there.
+    Batches of 1,000 documents are concatenated, each document ending with the end-of-text token, and cut every
+    `block_size` tokens. The last block of a batch may be shorter. If it had only one token, it gets a second one from
+    the block before, because a single token predicts nothing. Special tokens that are spelled out in a document are
+    plain text.
 
     Args:
-        documents: one split or a corpus, map-style or streaming, with the column ``text``.
-        isolate_documents: if False, blocks have the column ``input_ids`` alone, and attention crosses the borders
-            of documents. If True, a column ``position_ids`` restarts at 0 with each document and each block, which
-            the model reads as borders that attention does not cross.
+        documents: One split or a corpus, map-style or streaming, with the column `text`.
+        tokenizer: It must have an end-of-text token.
+        block_size: Tokens per block, at least 3.
+        isolate_documents: If False, blocks have only the column `input_ids`, and attention crosses the borders of
+            documents. If True, a column `position_ids` restarts at 0 with each document and each block. The model
+            takes a restart for a border that attention does not cross.
 
     Raises:
-        UserError: the tokenizer has no end-of-text token, or `block_size` is less than 3.
+        UserError: If the tokenizer has no end-of-text token, or `block_size` is less than 3.
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-text token (eos_token) to close documents with")
@@ -322,13 +326,15 @@ def _pack_batch(
         add_special_tokens=False,
         split_special_tokens=True,
         return_attention_mask=False,
-        verbose=False,  # of documents longer than a given tokenizer's model can read: blocks are not
+        # Would warn of documents longer than `model_max_length`. Blocks are shorter.
+        verbose=False,
     )
     documents = [np.array([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encoded["input_ids"]]
     lengths = [len(ids) for ids in documents]
     cuts = np.arange(block_size, sum(lengths), block_size)
     if sum(lengths) % block_size == 1:
-        cuts[-1:] -= 1  # in a block of one token there is nothing to predict, so a batch of it would have no loss
+        # A block of one token has nothing to predict, so its loss would be undefined.
+        cuts[-1:] -= 1
     columns = {"input_ids": np.concatenate(documents)}
     if isolate_documents:
         starts = np.union1d(np.cumsum([0, *lengths[:-1]]), cuts)
@@ -341,19 +347,19 @@ BLOCK_COLUMNS = {"input_ids", "position_ids", "seq_idx", "attention_mask"}
 
 
 def collate_blocks(blocks: list[dict[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
-    """Stack blocks to ``input_ids`` and ``labels``, and to what says where documents end, all `[batch, length]`.
+    """Stacks blocks into `input_ids`, `labels`, and the columns that mark documents, all `[batch, length]`.
 
-    Blocks may say it with ``position_ids`` (which `pack` makes), ``seq_idx``, or an ``attention_mask`` of document
-    numbers: see `hf_alibi.model.documents`.
+    Blocks may mark documents with `position_ids` (as `pack` does), `seq_idx`, or an `attention_mask` of document
+    numbers. See `hf_alibi.model.documents`.
 
-    Labels are the inputs, since the model itself shifts them by one. They are -100, which the loss leaves out, at
-    padding and where documents begin: nothing that a block sees foretells the first token of a document.
+    Labels equal the inputs, because the model shifts them by one. They are -100, which the loss ignores, at padding
+    and at the first token of each document, because nothing before it predicts it.
 
-    Shorter blocks are padded on the right. That needs no attention mask, because no token looks to its right, and the
-    positions of padding make it a document of its own.
+    Shorter blocks are padded on the right. That needs no attention mask: attention is causal, so no token sees the
+    padding, and the positions of padding make it a document of its own.
 
     Raises:
-        UserError: blocks have a column that this function cannot pad.
+        UserError: If blocks have a column that this function cannot pad.
     """
     if unknown := sorted(set(blocks[0]) - BLOCK_COLUMNS):
         raise UserError(f"blocks have columns that cannot be stacked: {', '.join(unknown)}; remove them")

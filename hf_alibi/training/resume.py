@@ -1,7 +1,7 @@
-"""Find the checkpoint that an interrupted run continues from: the last one of which every file can be read.
+"""Finds the checkpoint that an interrupted run continues from: the last one whose files can all be read.
 
-A process that is killed while it saves, a full disk or a power cut leave files that are missing, empty or cut. Trainer
-looks at none of this before it loads. `find_checkpoint` does, and falls back to the checkpoint before.
+A process that is killed while it saves, a full disk or a power cut leave files that are missing, empty or truncated.
+Trainer checks none of this before it loads. `find_checkpoint` does, and falls back to the checkpoint before.
 """
 
 import json
@@ -25,10 +25,10 @@ from .run_record import RECORD_NAME, read_record
 
 logger = logging.getLogger(__name__)
 
-# Where Trainer keeps the optimizer: torch's own file, and the folders of FSDP and DeepSpeed.
+# Names under which Trainer saves the optimizer: a file of torch, or the folders of FSDP and DeepSpeed.
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
 
-# What reading raises for a file that is empty, cut, damaged, or a pickle that would run code.
+# What reading raises for a file that is empty, truncated or damaged, or for a pickle that would run code.
 UNREADABLE = (
     OSError, ValueError, KeyError, AttributeError, RuntimeError, EOFError, SafetensorError, zipfile.BadZipFile,
     pickle.UnpicklingError,
@@ -41,17 +41,18 @@ FRESH_OPTIMIZER = (
 
 
 def find_checkpoint(args: TrainingArguments, fresh_optimizer: bool = False) -> str | None:
-    """The checkpoint folder that `args.resume_from_checkpoint` asks for, or None to begin at the first step.
+    """Returns the checkpoint folder that `args.resume_from_checkpoint` asks for, or None to start at the first step.
 
-    "True" asks for the last checkpoint in `args.output_dir` that is complete. A warning names each later one and what
-    is wrong with it. There may be none yet, if the run was killed early; then training begins again.
+    "True" asks for the last complete checkpoint in `args.output_dir`. A warning names each later one and what is wrong
+    with it. If the run was killed before its first checkpoint, training starts again.
 
     Args:
-        fresh_optimizer: Whether a checkpoint of weights alone will do.
+        args: The output folder, and what to resume from.
+        fresh_optimizer: Whether a checkpoint that has only weights is accepted.
 
     Raises:
-        UserError: training would overwrite what another run left in `args.output_dir`, there is no such checkpoint, it
-            is not complete, or there are only checkpoints without an optimizer.
+        UserError: If training would overwrite what another run left in `args.output_dir`, if there is no such
+            checkpoint, if it is incomplete, or if all checkpoints lack an optimizer.
     """
     output_dir = Path(str(args.output_dir))
     resume = args.resume_from_checkpoint or "False"
@@ -82,7 +83,7 @@ def _last_complete(output_dir: Path, fresh_optimizer: bool) -> str | None:
                 return str(folder)
             readable = readable or f"{folder} cannot be resumed from: {fault}"
         logger.warning("%s is passed over: %s", folder, fault)
-    # To begin again would throw away the weights that are there.
+    # Starting again would discard the weights that were saved.
     if readable:
         raise UserError(readable)
     if (output_dir / CONFIG_NAME).exists():
@@ -92,7 +93,7 @@ def _last_complete(output_dir: Path, fresh_optimizer: bool) -> str | None:
 
 
 def _numbered(output_dir: Path) -> list[tuple[Path, re.Match[str]]]:
-    """The folders that Trainer made, with their numbers; others, such as ``checkpoint-best``, are the user's own."""
+    """Returns the folders that Trainer made, with their numbers. Others, such as `checkpoint-best`, are the user's."""
     names = ((folder, re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)) for folder in output_dir.glob("*"))
     return [(folder, name) for folder, name in names if name and folder.is_dir()]
 
@@ -106,7 +107,7 @@ def _require_empty(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, or None if the weights are there and every file can be read."""
+    """Returns what is wrong with a checkpoint's files, or None if it has weights and every file can be read."""
     for name in (TRAINER_STATE_NAME, CONFIG_NAME):
         if not (folder / name).is_file():
             return f"it has no {name}"
@@ -121,7 +122,7 @@ def damage(folder: Path) -> str | None:
 
 
 def missing_state(folder: Path, fresh_optimizer: bool = False) -> str | None:
-    """What a readable checkpoint lacks for its run to continue as if nothing had happened, or None."""
+    """Returns what a readable checkpoint lacks to continue its run exactly, or None."""
     if not (folder / RECORD_NAME).is_file():
         return (
             f"it has no {RECORD_NAME}, so nothing says with which data and arguments it was trained; start a new run "
@@ -137,7 +138,7 @@ def missing_state(folder: Path, fresh_optimizer: bool = False) -> str | None:
 
 
 def _read(path: Path) -> None:
-    """Raise an error if a file is cut or damaged. Only safetensors and restricted pickles are opened."""
+    """Raises an error if a file is truncated or damaged. Pickles are read restricted, so that they run no code."""
     if path.suffix == ".json":
         content = json.loads(path.read_text())
         if path.name == TRAINER_STATE_NAME and not isinstance(content.get("global_step"), int):
@@ -147,11 +148,11 @@ def _read(path: Path) -> None:
                 with safe_open(path.parent / shard, "pt") as weights:
                     weights.get_slice(name)
     elif path.suffix == ".safetensors":
-        # The header must fit the size of the file.
+        # Opening compares the header with the size of the file.
         with safe_open(path, "pt"):
             pass
     elif path.suffix in {".pt", ".pth"}:
-        # The archive has a checksum for each of its members.
+        # The archive has a checksum for each member.
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} is damaged")

@@ -1,7 +1,7 @@
-"""What makes a training run the run that it is: its arguments, model and data, kept in every checkpoint.
+"""The identity of a training run: its arguments, model and data. Every checkpoint holds it.
 
-A run that goes on must end as if it had never stopped. So whatever decides its weights has to be what it was:
-`refuse_changes` compares a new record with that of the checkpoint, and names what differs.
+A resumed run must end with the same weights as one that never stopped. So everything that decides the weights must be
+unchanged. `refuse_changes` compares a new record with the one in the checkpoint, and names what differs.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 RECORD_NAME = "training_run.json"
 
-# Arguments that do not decide the weights: where a run writes, what it measures, reports, keeps and uploads, how
-# fast it works, and paths, since the data are compared by their content. All others must be what they were, so an
-# argument that a later version of Transformers adds is compared too.
+# Arguments that do not decide the weights: where a run writes; what it measures, reports, keeps and uploads; how fast
+# it works; and paths, because data are compared by content. All other arguments are compared, so an argument that a
+# later version of Transformers adds is compared too.
 FREE_PREFIXES = ("eval_", "log", "save_", "hub_", "push_to_hub", "trackio_")
 FREE = {
     "output_dir", "run_name", "project", "report_to", "disable_tqdm", "resume_from_checkpoint", "local_rank",
@@ -36,15 +36,23 @@ FREE = {
     "train_file", "validation_file", "dataset_name", "max_eval_samples", "fresh_optimizer",
 }  # fmt: skip
 
-# How long a run is. It decides the learning rate of each step, unless that is constant.
+# The length of a run. It decides the learning rate of every step, unless the rate is constant.
 LENGTH = {"max_steps", "num_train_epochs"}
 
-# Bookkeeping of the config that is not the model.
+# Fields of the config that do not change the model.
 NOT_THE_MODEL = {"transformers_version", "use_cache", "_name_or_path", "architectures", "auto_map"}
 
 
 def run_arguments(args: TrainingArguments, others: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of Trainer that decide the weights, `others` (of a command), and on how many devices of a kind."""
+    """Returns the arguments that decide the weights.
+
+    Args:
+        args: Trainer's own.
+        others: Those of the command, by name.
+
+    Returns:
+        The arguments, the number of processes, and the number and kind of their devices.
+    """
     arguments = {name: value for name, value in {**others, **args.to_dict()}.items() if not _is_free(name)}
     arguments |= {"processes": args.world_size, "devices": max(1, args.n_gpu), "device": args.device.type}
     return _as_json(arguments)
@@ -55,7 +63,7 @@ def _is_free(name: str) -> bool:
 
 
 def run_model(model: PreTrainedModel) -> dict[str, Any]:
-    """The fields of the model's config, its attention backend, and the dtype of its weights."""
+    """Returns the fields of the model's config, its attention backend, and the dtype of its weights."""
     fields = {name: value for name, value in model.config.to_dict().items() if name not in NOT_THE_MODEL}
     return _as_json(
         fields | {"attn_implementation": model.config._attn_implementation, "dtype": str(model.dtype).split(".")[-1]}
@@ -63,7 +71,7 @@ def run_model(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def data_digest(blocks: Dataset) -> str:
-    """A SHA-256 of all blocks in their order."""
+    """Returns the SHA-256 of all blocks in order."""
     digest = hashlib.sha256()
     for table in blocks.with_format("arrow").iter(batch_size=1000):
         for name in sorted(table.column_names):
@@ -76,29 +84,30 @@ def data_digest(blocks: Dataset) -> str:
 
 
 def versions() -> dict[str, str]:
-    """The libraries whose arithmetic is part of the result."""
+    """Returns the versions of the libraries whose arithmetic affects the result."""
     return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def read_record(checkpoint: str | Path) -> dict[str, Any]:
-    """The record that a checkpoint holds."""
+    """Returns the record in a checkpoint."""
     return json.loads((Path(checkpoint) / RECORD_NAME).read_text())
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write `record` to the checkpoint `folder`, which is made if need be."""
+    """Writes `record` to the checkpoint `folder`, which is created if needed."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD_NAME).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
 def refuse_changes(checkpoint: str | Path, **sections: Any) -> None:
-    """Raise `UserError` if one of these sections of the record is not what it is in `checkpoint`.
+    """Raises `UserError` if a section of the record differs from the one in `checkpoint`.
 
-    The run may be made longer or shorter if its learning rate is constant. Other versions of torch or Transformers
-    are only warned of: they may round otherwise.
+    The length of the run may differ if its learning rate is constant. Other versions of torch or Transformers only
+    cause a warning, because they may round differently.
 
     Args:
-        sections: `arguments`, `model` and `data` of the run that shall go on.
+        checkpoint: Folder of the checkpoint to resume from.
+        sections: `arguments`, `model` and `data` of the resumed run.
     """
     earlier = read_record(checkpoint)
     differences = []
@@ -115,8 +124,8 @@ def refuse_changes(checkpoint: str | Path, **sections: Any) -> None:
         ]
     if differences:
         raise UserError(
-            f"{checkpoint} belongs to another run, which differs in {', '.join(differences)}: resume with what it was "
-            "started with, or start a new run from its weights with --model_name_or_path"
+            f"{checkpoint} belongs to another run, which differs in {', '.join(differences)}: resume with the same "
+            "values, or start a new run from its weights with --model_name_or_path"
         )
     for library, version in versions().items():
         if version != earlier["versions"].get(library):
@@ -128,11 +137,14 @@ def refuse_changes(checkpoint: str | Path, **sections: Any) -> None:
 
 
 def _has_constant_rate(arguments: Mapping[str, Any]) -> bool:
-    """Whether the learning rate of a step is the same however long the run is; warmup may be a share of the run."""
+    """Returns whether the learning rate of a step does not depend on the length of the run.
+
+    A warmup below 1 is a fraction of the run, so it depends on the length.
+    """
     schedule, warmup = arguments.get("lr_scheduler_type"), arguments.get("warmup_steps") or 0
     return schedule == "constant" or (schedule == "constant_with_warmup" and not 0 < warmup < 1)
 
 
 def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` as they will be read back."""
+    """Returns `values` as they are after writing and reading JSON."""
     return json.loads(json.dumps(values, default=str))

@@ -1,20 +1,20 @@
-"""Trainer whose checkpoints and uploads are the model's own files, and which continues a run exactly or not at all.
+"""A Trainer that uploads only the model's files, and that resumes a run exactly or refuses to.
 
-`SafeTrainer` takes the arguments of `transformers.Trainer`, from which it differs so:
+`SafeTrainer` takes the arguments of `transformers.Trainer` and differs from it in this:
 
-- Its checkpoints have no ``training_args.bin``, a pickle that holds the token of the Hub. The arguments are in
-  ``training_args.json``, with tokens masked, and what identifies the run is in ``training_run.json``.
-- A checkpoint generates with a KV cache, and every version of Transformers can load its tokenizer. Trainer writes
-  ``"use_cache": false``, which is meant for training.
-- It uploads the model and its tokenizer, and no other file of the folder. The states of the optimizer and of the
-  random number generators are pickles, so they stay here under every `hub_strategy`: with ``checkpoint`` and
-  ``all_checkpoints``, the folders on the Hub are models to load, and not checkpoints to resume from.
-- Evaluation draws no random numbers from those of training, so it may be more or less frequent after an interruption.
-- A resumed run logs, evaluates and saves as often as its arguments say, and not as the checkpoint's did. If it has
-  reached its last step, it makes no further one.
+- Checkpoints have no `training_args.bin`, which is a pickle with the Hub token in it. `training_args.json` has the
+  arguments, with tokens masked, and `training_run.json` identifies the run.
+- Checkpoints generate with a KV cache. Trainer writes `"use_cache": false`, which is only meant for training. Every
+  version of Transformers can load their tokenizer.
+- Uploads hold the model and its tokenizer, and no other file. The states of the optimizer and of the random number
+  generators are pickles, so they are never uploaded. With the `hub_strategy` `checkpoint` or `all_checkpoints`, the
+  folders on the Hub are models to load, not checkpoints to resume from.
+- Evaluation does not change the random numbers of training, so a resumed run may evaluate more or less often.
+- A resumed run logs, evaluates and saves as often as its own arguments say, not as often as those of the checkpoint.
+  If the checkpoint is at the last step, no further step is made.
 
-Trainer itself cannot be kept from any of this from outside. Whoever pushes with it should log in with
-``hf auth login`` in place of passing `hub_token`, which keeps the token out of the pickle.
+Plain Trainer has no option for any of this. If you upload with it, log in with `hf auth login` instead of passing
+`hub_token`: then the pickle does not hold the token.
 """
 
 import logging
@@ -44,8 +44,8 @@ class SafeTrainer(Trainer):
     """`transformers.Trainer` with the differences that the module describes.
 
     Args:
-        record: What identifies the run, see `hf_alibi.training.run_record`; it goes into each checkpoint.
-        fresh_optimizer: Resume with a new optimizer. The learning rate is still that of the checkpoint's step.
+        record: The identity of the run (see `hf_alibi.training.run_record`), which each checkpoint gets.
+        fresh_optimizer: Whether to resume with a new optimizer, at the learning rate of the checkpoint's step.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class SafeTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
-            # An earlier attempt may have left its state, by which a folder that is half written would look complete.
+            # A state left by an earlier attempt would make a half-written folder look complete.
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
             record = self.record | {"versions": versions()}
             if isinstance(self.train_dataset, EndlessStream):
@@ -70,7 +70,7 @@ class SafeTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save the model as one that generates with a cache, without the pickle that Trainer adds."""
+        """Saves the model, so that it generates with a cache, without the pickle that Trainer adds."""
         folder = Path(output_dir or str(self.args.output_dir))
         config = self.accelerator.unwrap_model(self.model).config
         in_training, token = config.use_cache, self.args.hub_token
@@ -87,7 +87,7 @@ class SafeTrainer(Trainer):
     # Uploading
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository; `UserError` if it shall be private and there is a public one."""
+        """Creates the repository. Raises `UserError` if it should be private but exists and is public."""
         repo_id = str(self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name)
         with hub_errors(repo_id):
             super().init_hf_repo(token, private)
@@ -95,7 +95,7 @@ class SafeTrainer(Trainer):
                 require_private(HfApi(token=token or self.args.hub_token), str(self.hub_model_id))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Upload the model of a checkpoint in the background, as `args.hub_strategy` says."""
+        """Uploads the model of a checkpoint in the background, as `args.hub_strategy` says."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         if not self.args.hub_always_push and any(not push.done() for push in self.pushes):
@@ -104,7 +104,7 @@ class SafeTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         copies = {"checkpoint": ["last-checkpoint"], "all_checkpoints": [Path(checkpoint_folder).name]}
         folders = [".", *copies.get(HubStrategy(self.args.hub_strategy).value, [])]
-        # The checkpoint may be deleted, for `save_total_limit`, before it is sent.
+        # A copy is sent, because `save_total_limit` may delete the checkpoint first.
         staging = TemporaryDirectory()
         for folder in folders:
             (Path(staging.name) / folder).mkdir(exist_ok=True)
@@ -125,14 +125,15 @@ class SafeTrainer(Trainer):
         self.pushes.append(push)
 
     def _finish_current_push(self, wait: bool = True) -> None:
-        """Warn of each upload that has failed; if `wait`, after all have ended."""
+        """Warns of each upload that has failed. With `wait`, first waits until all have ended."""
         running = [push for push in self.pushes if not wait and not push.done()]
         for push in self.pushes:
             if push not in running and (error := push.exception()) is not None:
                 logger.warning("an upload to %s failed while training: %s", self.hub_model_id, error)
         self.pushes = running
 
-    def push_to_hub(  # type: ignore[override]  # what a card says, `publish` takes
+    # `publish` writes the card, so the arguments of Trainer's card are not accepted.
+    def push_to_hub(  # type: ignore[override]
         self,
         commit_message: str = "End of training",
         *,
@@ -140,10 +141,10 @@ class SafeTrainer(Trainer):
         revision: str | None = None,
         **kwargs: Any,
     ) -> CommitInfo | None:
-        """Save the model and publish it with its card, see `hf_alibi.hub.publish`; returns the commit.
+        """Saves the model, publishes it with its card (see `hf_alibi.hub.publish`), and returns the commit.
 
         Raises:
-            UserError: another argument of Trainer's own method is given, or publishing fails.
+            UserError: If another argument of Trainer's method is given, or publishing fails.
         """
         if kwargs:
             raise UserError(f"push_to_hub takes commit_message, token and revision only, not {', '.join(kwargs)}")
@@ -165,13 +166,13 @@ class SafeTrainer(Trainer):
     # Training
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """Restore the state, but log, evaluate and save as often as the arguments say: Trainer keeps the old steps."""
+        """Restores the state, but takes the intervals of logging, evaluating and saving from the new arguments."""
         start = super()._init_training_state(*args, **kwargs)
         self.state.compute_steps(self.args, self.state.max_steps)
         return start
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Make no step beyond the last: Trainer looks at their number only after a step."""
+        """Stops at the last step before training another one. Trainer compares the number only after a step."""
         if self.state.global_step > self.state.max_steps:
             raise UserError(
                 f"the checkpoint is at step {self.state.global_step}, beyond the {self.state.max_steps} of this run"
@@ -182,12 +183,12 @@ class SafeTrainer(Trainer):
             super()._run_epoch(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate, and leave the random numbers as they were: a data loader draws a seed from them."""
+        """Evaluates without changing the random numbers of training. A new data loader would draw a seed from them."""
         with torch.random.fork_rng(devices=[]):
             return super().evaluate(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load them, or with a fresh optimizer set the learning rate to that of the step."""
+        """Loads both. With a fresh optimizer, only sets the learning rate to that of the step."""
         if checkpoint is None or not self.fresh_optimizer:
             super()._load_optimizer_and_scheduler(checkpoint)
             return

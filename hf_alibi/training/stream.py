@@ -1,7 +1,8 @@
-"""A streamed corpus as Trainer reads it: passes without end, each in an order of its own, and a digest of them.
+"""A streamed corpus for Trainer: endless passes over the data, each in its own order, with a digest of what was read.
 
-Trainer knows the length of a pass only for a dataset that has one. For a stream it counts all steps as one pass, so
-when it resumes it skips all batches of all passes in the first, and begins the second anew. Here all passes are one.
+A stream has no length, so Trainer counts all steps as one pass. When it resumes, it skips the batches of all passes in
+the first pass, and would read the wrong data afterwards. Here all passes are one endless stream, so that skipping is
+right.
 """
 
 import hashlib
@@ -20,18 +21,18 @@ from ..errors import UserError
 logger = logging.getLogger(__name__)
 
 SHUFFLE_BUFFER_SIZE = 1000
-"""Blocks of a streaming dataset among which the next one is drawn; map-style datasets are shuffled as a whole."""
+"""Size of the buffer from which the next block of a stream is drawn. Map-style datasets are shuffled as a whole."""
 
-# Data loaders read ahead by two steps at most, so the digest of the step that is saved is one of the last.
+# A data loader reads at most two steps ahead, so the digest of a saved step is among the last few.
 DIGESTS_KEPT = 4
 
 
 class EndlessStream(torch.utils.data.IterableDataset):
-    """Yields each of `blocks` once a pass, for ever, in an order that follows from the seed and the pass.
+    """Yields each of `blocks` once per pass, without end. Seed and pass decide the order.
 
     Attributes:
-        blocks_per_step: How many blocks one step of the optimizer takes, in all processes.
-        digests: Pairs of how many blocks have been read and the SHA-256 of their tokens, for the last steps.
+        blocks_per_step: Blocks that one step of the optimizer takes, in all processes together.
+        digests: For the last few steps, the number of blocks read so far and the SHA-256 of their tokens.
     """
 
     def __init__(self, blocks: IterableDataset, seed: int) -> None:
@@ -55,17 +56,17 @@ class EndlessStream(torch.utils.data.IterableDataset):
                     self.digests.append((read, digest.hexdigest()))
                     self._compare(read, digest.hexdigest())
                 yield block
-            # One of several worker processes may have got no part of the stream.
+            # With several worker processes, one may have no part of the stream. It would loop here without end.
             if read == before:
                 return
 
     def state(self, steps: int) -> dict[str, Any]:
-        """How many blocks `steps` take, and their digest; None if other processes than this one have read them."""
+        """Returns the number of blocks in `steps`, and their digest, which is None if worker processes read them."""
         blocks = steps * self.blocks_per_step
         return {"blocks": blocks, "sha256": dict(self.digests).get(blocks)}
 
     def expect(self, state: dict[str, Any]) -> None:
-        """Raise `UserError` while reading if this stream has not the `state` of an earlier run."""
+        """Makes reading raise `UserError` if the data differ from those of an earlier run with this `state`."""
         self.expected = state
         if state["sha256"] is None:
             logger.warning(

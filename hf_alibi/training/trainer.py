@@ -1,6 +1,6 @@
-"""Train a causal language model on blocks of tokens with `transformers.Trainer`, and go on after an interruption.
+"""Trains a causal language model on blocks of tokens with `transformers.Trainer`, and resumes interrupted runs.
 
-With `hf_alibi.training.data`, a model is trained in a few lines::
+With `hf_alibi.training.data`, a few lines train a model:
 
     corpus = standard_library_corpus()
     tokenizer = train_tokenizer(corpus["train"]["text"], vocab_size=4096)
@@ -9,10 +9,10 @@ With `hf_alibi.training.data`, a model is trained in a few lines::
     metrics = train(model, tokenizer, blocks, TrainingArguments("runs/first", max_steps=500))
     print(metrics["eval_perplexity"])
 
-A run that was killed continues from its last checkpoint with ``train(..., checkpoint=find_checkpoint(args))``, and
-ends with the weights that it would have had: the checkpoint holds the optimizer and the state of every random number
-generator, and the order of the blocks follows from the seed. If the data, the model or an argument that decides the
-weights is not what it was, the run is refused.
+`train(..., checkpoint=find_checkpoint(args))` continues a run that was killed from its last checkpoint. It ends with
+the weights of an uninterrupted run: the checkpoint holds the optimizer and the state of every random number generator,
+and the seed decides the order of the blocks. If the data, the model or an argument that decides the weights has
+changed, an error is raised.
 """
 
 from collections.abc import Mapping
@@ -45,32 +45,36 @@ def train(
     fresh_optimizer: bool = False,
     arguments: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-    """Train `model` on ``blocks["train"]``, save it with its tokenizer, and evaluate it on ``blocks["validation"]``.
+    """Trains `model` on `blocks["train"]`, saves it with its tokenizer, and evaluates it on `blocks["validation"]`.
 
-    With ``args.push_to_hub``, the model is uploaded at each checkpoint, as ``args.hub_strategy`` says, and in the end
-    published with its card. No upload holds any other file, a pickle or a token; see `SafeTrainer`.
+    With `args.push_to_hub`, the model is uploaded at each checkpoint, as `args.hub_strategy` says, and published with
+    its card at the end. Uploads hold only the model's files, and neither pickles nor tokens; see `SafeTrainer`.
 
     Args:
-        blocks: what `hf_alibi.training.data.pack` makes of a corpus. A split ``validation`` is optional.
-        checkpoint: folder of a checkpoint to continue from; see `hf_alibi.training.resume.find_checkpoint`.
-        fresh_optimizer: continue from the weights of `checkpoint` with a new optimizer, at the learning rate of its
-            step. The weights will not be those of a run without an interruption.
-        arguments: what else made the run, by name; `checkpoint` must have been written with the same.
+        model: Any causal language model.
+        tokenizer: Of the model.
+        blocks: A corpus after `hf_alibi.training.data.pack`. The split `validation` is optional.
+        args: Trainer's arguments.
+        checkpoint: Folder of a checkpoint to continue from; see `hf_alibi.training.resume.find_checkpoint`.
+        fresh_optimizer: Whether to continue from the weights of `checkpoint` with a new optimizer, at the learning
+            rate of its step. The weights will then differ from those of an uninterrupted run.
+        arguments: Further arguments that decide the weights, by name. Those of `checkpoint` must be equal.
 
     Returns:
-        The metrics of training (``train_loss`` in nats per token, ...) and of evaluation (``eval_loss``,
-        ``eval_perplexity`` per token, ``eval_bits_per_byte``, ...). They are printed, and in `args.output_dir` in
-        ``train_results.json``, ``eval_results.json`` and ``all_results.json``, beside ``trainer_state.json``.
+        The metrics of training (`train_loss` in nats per token, ...) and of evaluation (`eval_loss`,
+        `eval_perplexity` per token, `eval_bits_per_byte`, ...). They are printed, and written to
+        `train_results.json`, `eval_results.json` and `all_results.json` in `args.output_dir`.
 
     Raises:
-        UserError: the tokenizer has more tokens than the model, `Trainer` cannot work with `args`, `checkpoint` is of
+        UserError: If the tokenizer has more tokens than the model, `Trainer` refuses `args`, `checkpoint` belongs to
             another run, or the model cannot be published.
     """
     check_vocabulary(tokenizer, model.config)
     if args.push_to_hub and type(model).__name__ != AlibiGPTForCausalLM.__name__:
         raise UserError(f"push_to_hub: only AlibiGPTForCausalLM can be published, not {type(model).__name__}")
     if not torch.accelerator.is_available():
-        args.dataloader_pin_memory = False  # it is of no use then, and torch warns of it
+        # Pinned memory is useless without an accelerator, and torch warns about it.
+        args.dataloader_pin_memory = False
     smoothing = args.label_smoothing_factor
     record: dict[str, Any] = {"arguments": run_arguments(args, arguments or {}), "model": run_model(model)}
     train_blocks = blocks["train"]
@@ -90,7 +94,7 @@ def train(
             eval_dataset=blocks.get("validation"),
             data_collator=collate_blocks,
             processing_class=tokenizer,
-            # Left to itself, Trainer does not shift the labels of a compiled model.
+            # By default, Trainer does not shift the labels of a compiled model.
             compute_loss_func=partial(LabelSmoother(smoothing), shift_labels=True) if smoothing else None,
             record=record,
             fresh_optimizer=fresh_optimizer,
@@ -98,12 +102,13 @@ def train(
         )
     except UserError:
         raise
-    except (ValueError, ImportError) as error:  # arguments that exclude each other, or name what is not there
+    except (ValueError, ImportError) as error:
+        # Trainer's arguments contradict each other, or name something that does not exist.
         raise UserError(str(error)) from error
     if isinstance(train_blocks, EndlessStream):
         train_blocks.blocks_per_step = trainer.get_total_train_batch_size(args)
     metrics = {"train": trainer.train(resume_from_checkpoint=checkpoint).metrics}
-    # Not for Trainer to push: the model is published in the end, and then compared.
+    # `_internal_call` keeps Trainer from uploading here: `publish` does so below, and verifies the upload.
     trainer.save_model(_internal_call=True)
     trainer.save_state()
     model.config.use_cache = True

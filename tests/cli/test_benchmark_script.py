@@ -1,4 +1,4 @@
-"""scripts/benchmark.py: tables, JSON and plots from tiny sizes, reasons for what does not run, and true errors."""
+"""`hf_alibi benchmark`: tables, JSON and plots from tiny sizes, reasons for what does not run, and correct errors."""
 
 import json
 import os
@@ -28,7 +28,7 @@ Main = Callable[[list[str]], None]
 
 @pytest.fixture(autouse=True)
 def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test looks at how long anything took."""
+    """Makes turns short. No test looks at the times."""
     monkeypatch.setattr(benchmarking, "SECONDS_A_TURN", 1e-3)
 
 
@@ -38,7 +38,7 @@ def main() -> Main:
 
 
 def run(main: Main, folder: Path, *argv: str) -> dict[str, Any]:
-    """The JSON that the sub-command wrote, beside a picture."""
+    """Returns the JSON that the sub-command wrote, and checks that there is a plot."""
     main([*argv, "--output_prefix", str(folder / "new" / "result")])
     assert imread(folder / "new" / "result.png").std() > 0
     result = json.loads((folder / "new" / "result.json").read_text())
@@ -63,13 +63,14 @@ def test_attention(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert error <= (2 if dtype == "float32" else 1.2) * errors[dtype, length, subjects.DENSE], name
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["task", "dtype", "tokens"]
-    assert sum(" - " in line for line in lines) >= len(records) // 2  # peak memory, and all of the long masks
+    # Peak memory, and everything about long masks, is not measured.
+    assert sum(" - " in line for line in lines) >= len(records) // 2
     assert f"forward, float32, 700, {subjects.DENSE}: longer than --max_dense_length" in lines
 
 
 @pytest.mark.parametrize("length", [70, 700])
 def test_errors_are_those_against_the_formula(length: int) -> None:
-    """What causal attention without any bias gets wrong is seen, at the sampled rows alone as at all."""
+    """Causal attention without any bias has large errors, at sampled rows as at all rows."""
     problem = subjects.Problem(length, num_heads=2, head_dim=8, dtype="float32", device="cpu")
     names = [subjects.CAUSAL, *subjects.WITH_MASK, *OURS]
     sampled, everywhere = (subjects.max_errors(names, problem, rows) for rows in (60, length))
@@ -97,7 +98,7 @@ def test_model(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_peers_have_about_as_many_parameters() -> None:
-    """At the default size, and with few positions, as GPT-2 alone has weights for these."""
+    """At the default size, and with few positions, because only GPT-2 has weights for positions."""
     shape = subjects.Shape(512, 6, 8, 8192, max_positions=1, dtype="float32", device="meta")
     mine = subjects.build_model(subjects.WINDOWED, shape).num_parameters()
     for name in subjects.PEERS:
@@ -123,7 +124,8 @@ def test_generation(main: Main, tmp_path: Path, longest: int) -> None:
         left_out = record["length"] > longest and record["implementation"] in subjects.PEERS
         assert (record["reason"] is not None) == left_out
         assert (record["cache_mib"] is None) == (record["prefill_seconds"] is None) == left_out
-        if record["implementation"] == subjects.DYNAMIC_CACHE:  # 2 warm-up calls, 2 rounds of 2 tokens
+        # There are 2 warm-up calls, and 2 rounds of 2 tokens.
+        if record["implementation"] == subjects.DYNAMIC_CACHE:
             assert record["cache_mib"] == 2 * 32 * 4 * (record["length"] + 6) / 2**20
 
 
@@ -163,7 +165,8 @@ def test_memory_is_limited_where_it_is_not_measured() -> None:
     how = MeasuringArguments(rounds=1, device="cpu", memory_gib=4, measure_memory=False)
     records = compare({"too large": partial(partial, torch.zeros, 2**31)}, "too large", how, label="test")
     assert "can't allocate memory" in records["too large"]["reason"]
-    torch.empty(2**31)  # the limit is gone; these 8 GiB are never touched
+    # The limit no longer holds. These 8 GiB are never touched.
+    torch.empty(2**31)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""scripts/evaluate.py: table, JSON and plot from real checkpoints, and nothing overwritten after a mistake."""
+"""`hf_alibi evaluate`: table, JSON and plot from real checkpoints. After a mistake, nothing is overwritten."""
 
 import json
 import subprocess
@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from matplotlib.image import imread
@@ -21,24 +20,13 @@ from hf_alibi.hub.checkpoints import load_causal_lm
 from hf_alibi.positions.sinusoidal import SinusoidalGPTConfig
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate.py"
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 40
 
 
 @pytest.fixture(scope="module")
 def main() -> Callable[[list[str]], None]:
     return evaluate_command.main
-
-
-@pytest.fixture(scope="module")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained AlibiGPT; not to be changed."""
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `datasets` caches goes with the test."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -89,7 +77,8 @@ def test_table_json_and_plot(
             by_position = mean_by_doubling(result.nats_by_position)
             assert found["nats_by_position"] == pytest.approx({str(key): nats for key, nats in by_position.items()})
     picture = imread(tmp_path / "new folder" / "v1.2.png")
-    assert len(set(map(tuple, picture.reshape(-1, 4).tolist()))) > 10  # more than a blank page
+    # An empty plot would have fewer colours.
+    assert len(set(map(tuple, picture.reshape(-1, 4).tolist()))) > 10
 
 
 def test_the_standard_library_is_the_default_text(
@@ -164,7 +153,7 @@ def test_results_are_written_before_what_comes_after_can_fail(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The second checkpoint is broken, and later the plot fails."""
+    """First the second checkpoint is broken, then the plot fails."""
     broken = save_checkpoint(tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"][:] = torch.nan
@@ -194,7 +183,8 @@ def test_a_label_is_drawn_as_it_is(label: str, tmp_path: Path) -> None:
         plot_extrapolation([Curve(name, 8, [result]), Curve("other", 8, [result])], tmp_path / "plot.png")
         pictures.append(imread(tmp_path / "plot.png"))
     assert pictures[0].shape == pictures[1].shape
-    assert (pictures[0] != pictures[1]).any()  # the first character shows
+    # The first character is drawn.
+    assert (pictures[0] != pictures[1]).any()
 
 
 def test_as_a_program_it_ends_in_one_line_and_status_2() -> None:

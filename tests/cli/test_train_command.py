@@ -1,12 +1,11 @@
-"""`hf_alibi train` refuses what would fail late, before it reads data or writes anything."""
+"""`hf_alibi train` refuses options that would fail late, before it reads data or writes anything."""
 
-import json
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from conftest import ModelFactory
+from tiny_training import write_rows
 from transformers import TrainingArguments
 
 from hf_alibi.cli.train import main, try_out
@@ -51,11 +50,8 @@ BAD_OPTIONS = {
 
 
 @pytest.fixture
-def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"text": f"line {n}\n" * (n % 7 + 1)}) + "\n" for n in range(50)))
-    return str(path)
+def rows(tmp_path: Path, datasets_cache: None) -> str:
+    return write_rows(tmp_path / "rows.jsonl", 50)
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())

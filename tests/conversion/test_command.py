@@ -1,4 +1,4 @@
-"""The command, what it leaves behind, and how much memory it takes."""
+"""The command `hf_alibi convert`: its files, and its memory."""
 
 import subprocess
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 import conversion_sources as sources
 import pytest
 import torch
+from hub_server import IGNORE_UPLOAD_WARNING, HubServer
 from huggingface_hub import HfApi, ModelCard
 from tiny import VOCAB_SIZE, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM, GenerationConfig
@@ -21,7 +22,7 @@ CARD = "---\nlicense: bigscience-bloom-rail-1.0\nlanguage: [en]\n---\n\n# A sour
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A small BLOOM with tokenizer, generation config and card."""
+    """Returns a small BLOOM with tokenizer, generation config and card."""
     folder = sources.bloom(tmp_path / "source", 6, vocab_size=VOCAB_SIZE, eos_token_id=1)
     tiny_tokenizer().save_pretrained(folder)
     (folder / "generation_config.json").write_text(GenerationConfig(max_new_tokens=5).to_json_string())
@@ -69,13 +70,10 @@ def test_defaults_of_generation_in_an_old_config_are_kept(tmp_path: Path) -> Non
     assert (found.do_sample, found.temperature, found.eos_token_id) == (True, 0.3, 0)
 
 
-# The client hands files to its HTTP library in a way that this has come to deprecate.
-@pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+@IGNORE_UPLOAD_WARNING
 def test_a_source_on_the_hub_comes_without_its_code(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hub_server import HubServer
-
     with HubServer() as server:
         server.connect(tmp_path / "home", monkeypatch)
         HfApi().create_repo("tester/source")

@@ -1,4 +1,4 @@
-"""What has no place on the other side is refused by name and value, before anything is written."""
+"""What cannot be converted raises an error with name and value, before anything is written."""
 
 import json
 import re
@@ -11,6 +11,7 @@ import conversion_sources as sources
 import pytest
 import torch
 from bomb import write_bomb
+from damage import edit_config, edit_weights, truncate
 from safetensors.torch import load_file, save_file
 from tiny import save_checkpoint
 from transformers import BloomConfig, FalconConfig, MptConfig, PreTrainedConfig
@@ -25,10 +26,10 @@ from hf_alibi.conversion.rules import Plan
 from hf_alibi.conversion.verify import verify
 from hf_alibi.errors import UserError
 
-# Of every config: mean the same in ours, and travel with it, or do not change what a model computes.
+# Fields of any config: the first are copied, and the second do not change what a model computes.
 CARRIED = {"id2label", "label2id", "problem_type", "output_hidden_states", "return_dict"}
 INDIFFERENT = {"transformers_version", "dtype", "chunk_size_feed_forward"}
-# Values that have a meaning in the source and none here; other fields are given a text where a number belongs.
+# Values that mean something in the source and cannot be expressed here. Other fields get a text instead of a number.
 WITHOUT_A_PLACE: dict[str, dict[str, Any]] = {
     "common": {"architectures": ["BloomForSequenceClassification"], "is_encoder_decoder": True},
     "bloom": {"apply_residual_connection_post_layernorm": True},
@@ -86,7 +87,8 @@ def test_every_field_of_a_class_is_refused_with_a_value_that_has_no_place(kind: 
         with pytest.raises(UserError) as refusal:
             plan_of(kind, config | {name: value})
         if value == 0.1:
-            assert re.search(f"{name}.*0.1|0.1.*{name}", str(refusal.value))  # one of two that must agree
+            # One of two fields that must agree.
+            assert re.search(f"{name}.*0.1|0.1.*{name}", str(refusal.value))
         else:
             assert f"{name}={value!r}" in str(refusal.value)
 
@@ -170,21 +172,6 @@ def test_what_cannot_be_expressed_is_refused(read: Callable[[Fields], Plan], con
         read_all()
 
 
-def edit(folder: Path, **values: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Saves all weights of a folder anew, in one file, after `change`."""
-    files = list(folder.glob("*.safetensors"))
-    weights = {name: weight for file in files for name, weight in load_file(file).items()}
-    for file in [*files, folder / "model.safetensors.index.json"]:
-        file.unlink()
-    change(weights)
-    save_file(weights, folder / "model.safetensors")
-
-
 def rename(weights: dict[str, torch.Tensor], old: str, new: str) -> None:
     weights[new] = weights.pop(old)
 
@@ -211,14 +198,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: edit_weights(
             folder, lambda weights: weights.update({f"{DENSE}.weight": torch.ones(192, 48, dtype=torch.int8)})
         ),
-        "torch.int8: convert the weights before they were quantised",
+        "torch.int8: convert the checkpoint that was not quantised",
     ),
     "a weight twice": (
         lambda folder: edit_weights(folder, lambda weights: weights.update({"ln_f.bias": torch.ones(48)})),
         "which are the same weight",
     ),
     "no config": (lambda folder: (folder / "config.json").unlink(), "cannot read .*config.json"),
-    "an unknown architecture": (lambda folder: edit(folder, model_type="gpt2"), "is of type 'gpt2'; known are bloom"),
+    "an unknown architecture": (
+        lambda folder: edit_config(folder, model_type="gpt2"),
+        "is of type 'gpt2'; known are bloom",
+    ),
     "a shard too few": (lambda folder: next(folder.glob("*.safetensors")).unlink(), "which is not there"),
     "a truncated shard": (lambda folder: truncate(next(folder.glob("*.safetensors"))), "is damaged"),
     "a refused generation config": (
@@ -226,10 +216,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "generation_config.json is not valid",
     ),
 }
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -252,7 +238,7 @@ def test_slopes_in_the_checkpoint_must_be_the_papers(tmp_path: Path) -> None:
 def test_a_missing_bias_is_zero_but_a_superfluous_one_is_refused(tmp_path: Path) -> None:
     source = sources.bloom(tmp_path / "source", 6)
     edit_weights(source, lambda weights: weights.pop(f"{DENSE}.bias"))
-    # Transformers' class would make up a bias here, so that it is no measure; zeros are what this states.
+    # Transformers' class would invent a bias, so it cannot be compared with. The result must state zeros.
     plan_fields = Fields(json.loads((source / "config.json").read_text()), "BLOOM")
     assert bloom.read(plan_fields).fields["mlp_bias"]
     plain = sources.mpt(tmp_path / "mpt", 6)
@@ -275,7 +261,7 @@ def test_pickles_are_read_on_request_and_run_nothing(tmp_path: Path) -> None:
         name: f"pytorch_model-0000{number}-of-00002.bin" for number, half in enumerate(halves, 1) for name in half
     }
     (source / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    with pytest.raises(UserError, match="only pickled weights, which are read on request"):
+    with pytest.raises(UserError, match="only pickled weights; allow_pickle reads them, as tensors"):
         convert(source, tmp_path / "ours")
     model = convert(source, tmp_path / "ours", allow_pickle=True)
     for name, weight in expected.state_dict().items():
@@ -306,7 +292,7 @@ def test_a_model_that_is_not_its_source_is_noticed(tmp_path: Path) -> None:
     weights["model.layers.0.self_attn.q_proj.weight"] *= 1.01
     save_file(weights, tmp_path / "ours" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        UserError, match="the converted model is not its source: logits differ from Transformers' Bloom"
+        UserError, match="the converted model does not equal its source: logits differ from Transformers' Bloom"
     ):
         verify(plan, checkpoint, tmp_path / "ours", ids, "numbers", is_exact=True)
 

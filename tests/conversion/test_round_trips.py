@@ -1,4 +1,4 @@
-"""Out again: BLOOM and MPT come back as they were, and what they cannot hold is refused with what one would train."""
+"""BLOOM and MPT are unchanged after a round trip. What they cannot express raises an error with the value to train."""
 
 import json
 from collections.abc import Callable
@@ -108,7 +108,8 @@ REFUSED: dict[str, dict[str, Any]] = {
         "norm_bias": True, "embedding_norm": True, "use_parallel_residual": True, "attention_dropout": 0.1,
     },
 }  # fmt: skip
-HELD = {  # what either class has a field for, or what is a matter of time alone
+# Fields that both classes have, or that only change the time.
+HELD = {
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "training_length", "norm_eps",
     "window_tolerance", "hidden_dropout", "initializer_range", "use_cache", "tie_word_embeddings", "pad_token_id",
     "bos_token_id", "eos_token_id",

@@ -1,4 +1,4 @@
-"""Each source in its own format, with random weights: what comes in computes what it computed."""
+"""Sources in their own formats, with random weights, compute the same after conversion."""
 
 import json
 from collections.abc import Callable
@@ -99,7 +99,7 @@ def tokens() -> Tensor:
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, ids: Tensor, way: str) -> Tensor:
-    """The logits `[LENGTH, vocab_size]` of a text: at once, after padding in a batch, or token by token."""
+    """Returns the logits of a text, `[LENGTH, vocab_size]`: at once, after padding in a batch, or token by token."""
     if way == "full":
         return model(ids[None]).logits[0]
     if way == "padded":
@@ -115,7 +115,8 @@ def logits_of(model: PreTrainedModel, ids: Tensor, way: str) -> Tensor:
 def assert_same(model: PreTrainedModel, ids: Tensor, expected: dict[str, Tensor] | Tensor, tolerance: float) -> None:
     for way in ("full", "padded", "cached"):
         if way != "full" and getattr(model.config, "slopes_depend_on_length", False):
-            continue  # there, a text in pieces or beside a longer one has other slopes
+            # Dynamic slopes depend on the length of the pass, so pieces and padded batches have others.
+            continue
         there = expected if isinstance(expected, Tensor) else expected[way]
         error = (logits_of(model, ids, way) - there).abs().max() / there.abs().max()
         assert error < tolerance, (way, error)
@@ -126,7 +127,7 @@ def loaded(folder: Path) -> PreTrainedModel:
 
 
 def formula(folder: Path, ids: Tensor) -> Tensor:
-    """The logits of the source's formula in float64."""
+    """Returns the logits of the source's formula in float64."""
     checkpoint = Checkpoint(folder)
     plan = SOURCES[checkpoint.config["model_type"]][1](Fields(checkpoint.config, "it"))
     names = plain_names(checkpoint.files, plan.prefix)
@@ -162,7 +163,7 @@ def test_a_falcon_computes_what_its_class_does_with_a_bias_in_float32(
     expected = {way: logits_of(theirs, tokens(), way) for way in ("full", "padded", "cached")}
     assert_same(ours, tokens(), expected, 1e-5)
     assert_same(ours, tokens(), formula(source, tokens()), 1e-5)
-    # How far the class is from that as it stands: nothing where slopes are powers of two and texts are short.
+    # The class rounds the bias. That changes nothing if slopes are powers of two and the text is short.
     reported = json.loads((tmp_path / "ours" / "conversion.json").read_text())["verification"]["other"]
     assert set(reported) == {"Transformers' FalconForCausalLM"}
     if name == "falcon-rw-71":
@@ -212,7 +213,8 @@ def test_what_is_folded_is_kept_in_float32_unless_asked(tmp_path: Path, dtype: s
     assert facts["verification"]["full"] < largest
     assert len(facts["folded"]) == 3
     if dtype == "bfloat16":
-        assert facts["verification"]["full"] > 1e-4  # said, not hidden
+        # The rounding is stated.
+        assert facts["verification"]["full"] > 1e-4
 
 
 def test_what_is_not_folded_keeps_its_dtype(tmp_path: Path) -> None:

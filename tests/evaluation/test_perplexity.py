@@ -1,4 +1,4 @@
-"""Perplexity against length, compared with a loop over targets that runs the model once for each."""
+"""Perplexity against length, compared with a loop that runs the model once for each target."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -47,7 +47,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 
 
 def random_model(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """A model with weights so large that its context matters."""
+    """Returns a model with weights that are large enough for the context to matter."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
     for parameter in model.parameters():
@@ -66,7 +66,7 @@ def model() -> PreTrainedModel:
 
 
 def window_start(target: int, num_targets: int, length: int, stride: int) -> int:
-    """Where the window begins that scores the token at index `target`: the first that reaches it."""
+    """Returns the start of the window that scores the token at index `target`, the first window that reaches it."""
     end = length
     while end < target:
         end += stride
@@ -75,7 +75,7 @@ def window_start(target: int, num_targets: int, length: int, stride: int) -> int
 
 @torch.no_grad()
 def expected_nats(model: PreTrainedModel, input_ids: Tensor, length: int, stride: int) -> Tensor:
-    """The definition: each target predicted on its own, from its window up to the token before it."""
+    """Computes losses by definition: each target is predicted separately, from its window up to the token before."""
     nats = []
     for target in range(1, len(input_ids)):
         start = window_start(target, len(input_ids) - 1, length, stride)
@@ -136,7 +136,8 @@ def test_results_are_over_the_same_targets_at_every_length(model: PreTrainedMode
     input_ids = random_stream(75)
     results = perplexity_by_length(model, input_ids, [8, 5, 24], stride, tokenizer=tiny_tokenizer())
     assert [result.length for result in results] == [8, 5, 24]
-    targets = input_ids[1:73]  # 74 targets, cut to three times 24
+    # There are 74 targets, which are cut to three times 24.
+    targets = input_ids[1:73]
     for result in results:
         nats = expected_nats(model, input_ids[:73], result.length, stride or result.length)
         blocks = [nats[start : start + 24].mean().item() for start in (0, 24, 48)]
@@ -172,7 +173,8 @@ def test_doubling_ranges() -> None:
 
 
 def test_bits_per_byte_counts_text_and_not_special_tokens() -> None:
-    targets = encode_stream(tiny_tokenizer(), ["né", "→"])  # 3 + 3 bytes, and two separators
+    # Texts of 3 + 3 bytes, and two separators.
+    targets = encode_stream(tiny_tokenizer(), ["né", "→"])
     assert targets.tolist().count(tiny_tokenizer().eos_token_id) == 2
     one_bit_each = torch.full((len(targets),), math.log(2), dtype=torch.float64)
     assert bits_per_byte(one_bit_each, targets, tiny_tokenizer()) == pytest.approx(len(targets) / 6)
@@ -231,7 +233,7 @@ def test_position_embeddings_limit_the_length() -> None:
     ids=["no cache", "recurrent state"],
 )
 def test_a_model_that_no_chunk_can_continue_is_not_cut_into_chunks(config: PreTrainedConfig) -> None:
-    """Mamba has a cache since Transformers 5.24, from which several tokens at a time go wrong."""
+    """Since Transformers 5.24 Mamba has a cache, which gives wrong results for several tokens at a time."""
     model = AutoModelForCausalLM.from_config(config)
     assert token_nats(model, random_stream(17), 16).isfinite().all()
     with pytest.raises(UserError, match="cannot continue from a KV cache: set tokens_per_forward to at least 16"):

@@ -1,6 +1,5 @@
-"""Checkpoints that load, and those that are refused with a sentence."""
+"""Checkpoints that load, and checkpoints that raise an error of one sentence."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from damage import edit_config, edit_weights, pickle_weights
+from safetensors.torch import load_file
 from tiny import save_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, T5Config
 
@@ -20,36 +20,14 @@ from hf_alibi.positions.sinusoidal import SinusoidalGPTConfig, SinusoidalGPTForC
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
 
-@pytest.fixture(scope="module")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained AlibiGPT; not to be changed."""
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
-
-
 @pytest.fixture
 def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy that may be damaged."""
+    """Returns a copy that tests may damage."""
     return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
-
-
-def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    weights = load_file(folder / "model.safetensors")
-    edit(weights)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def edit_config(folder: Path, **values: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def keep_bytes(path: Path, count: int) -> None:
     path.write_bytes(path.read_bytes()[:count])
-
-
-def pickle_weights(folder: Path) -> None:
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
 
 
 def remove_tokenizer(folder: Path) -> None:

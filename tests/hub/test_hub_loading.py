@@ -1,4 +1,4 @@
-"""What was published is loaded by a new process that has torch and transformers only, and by one with the package."""
+"""Published models load in a new process that has only torch and transformers, and in one with the package."""
 
 import io
 import json
@@ -11,9 +11,10 @@ import pytest
 import torch
 from bomb import write_bomb
 from fresh import Request, run_fresh
-from hub_server import HubServer
+from hub_server import IGNORE_UPLOAD_WARNING, HubServer
 from huggingface_hub import HfApi, ModelCard
 from tiny import VOCAB_SIZE, tiny_tokenizer
+from tiny_training import tiny_blocks
 from torch import Tensor
 from transformers import TrainingArguments
 
@@ -24,17 +25,15 @@ from hf_alibi.errors import UserError
 from hf_alibi.hub.checkpoints import load_causal_lm
 from hf_alibi.hub.model_card import PLOT_NAME
 from hf_alibi.hub.publish import publish, reload_and_compare
-from hf_alibi.training.data import load_file_corpus, pack
 from hf_alibi.training.trainer import train
 
-# The client hands files to its HTTP library in a way that this has come to deprecate.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+pytestmark = IGNORE_UPLOAD_WARNING
 
 INPUT_IDS = [list(range(5, 45)), list(range(105, 145))]
 
 
 def new_model(seed: int) -> AlibiGPTForCausalLM:
-    """A model of 1.7 MB."""
+    """Returns a model of 1.7 MB."""
     torch.manual_seed(seed)
     special = {"bos_token_id": tiny_tokenizer().bos_token_id, "eos_token_id": tiny_tokenizer().eos_token_id}
     shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "training_length": 32}
@@ -43,10 +42,8 @@ def new_model(seed: int) -> AlibiGPTForCausalLM:
 
 
 def trained_model(folder: Path, **arguments: Any) -> AlibiGPTForCausalLM:
-    """A model after two steps of Trainer, which leaves it in `folder` with all its other files."""
-    text = folder.with_suffix(".txt")
-    text.write_text("the quick brown fox jumps over the lazy dog\n" * 60)
-    blocks = pack(load_file_corpus(str(text), validation_percentage=0), tiny_tokenizer(), 32)
+    """Returns a model after two steps of Trainer, which saves it in `folder` with all its other files."""
+    blocks = tiny_blocks(folder.with_suffix(".txt"))
     model = new_model(seed=1)
     model.config.pad_token_id = model.generation_config.pad_token_id = tiny_tokenizer().pad_token_id
     args = TrainingArguments(str(folder), max_steps=2, save_steps=1, use_cpu=True, disable_tqdm=True, **arguments)
@@ -55,11 +52,11 @@ def trained_model(folder: Path, **arguments: Any) -> AlibiGPTForCausalLM:
 
 
 class World:
-    """Everything published once, and loaded once in a new process.
+    """All models of these tests, published once, and loaded once in a new process.
 
-    ``tester/books`` gets a trained model from Trainer (commit `by_trainer`), then the same from hf_alibi publish, in
-    shards, with an evaluation and a connection that is lost once (commit `by_script`), then another on branch ``v2``.
-    ``tester/pushed`` gets the trained model by its `push_to_hub`, ``tester/classifier`` one with a head.
+    `tester/books` gets a trained model from Trainer (commit `by_trainer`), then the same from hf_alibi publish, in
+    shards, with an evaluation and a connection that is lost once (commit `by_script`), then another on branch `v2`.
+    `tester/pushed` gets the trained model by its `push_to_hub`, `tester/classifier` one with a head.
     """
 
     def __init__(self, hub: HubServer, folder: Path) -> None:
@@ -110,7 +107,7 @@ class World:
         self.found = self.load(folder / "fresh")
 
     def load(self, folder: Path) -> dict[str, Tensor]:
-        """Outputs of a new process that loads from the Hub."""
+        """Returns the outputs of a new process that loads from the Hub."""
         folder.mkdir()
         requests = {
             "main": Request("tester/books", INPUT_IDS, caches=["dynamic", "static"]),
@@ -160,7 +157,7 @@ def test_other_logits_would_be_noticed(world: World) -> None:
 @pytest.mark.slow
 def test_a_commit_that_cannot_be_loaded_would_be_noticed(world: World) -> None:
     first, *_ = world.hub.repositories["tester/books"].commits
-    with pytest.raises(UserError, match=rf"was uploaded, but {first} cannot be loaded: Couldn't") as error_info:
+    with pytest.raises(UserError, match=rf"but {first} cannot be loaded: ValueError: Unrecognized") as error_info:
         reload_and_compare(HfApi(), "tester/books", first, world.other, tiny_tokenizer())
     assert "\n" not in str(error_info.value)
 
@@ -228,4 +225,5 @@ def test_the_script_says_where_the_model_is_and_uploads_card_and_plot(world: Wor
 
 def test_repositories_are_private_and_every_request_was_understood(world: World) -> None:
     assert world.hub.repositories["tester/books"].private
-    assert set(world.hub.unknown) <= {"GET /api/agent-harnesses"}  # asked once a day, not for us to answer
+    # The client asks this once a day. It does not concern the package.
+    assert set(world.hub.unknown) <= {"GET /api/agent-harnesses"}

@@ -1,4 +1,4 @@
-"""The model card: what is known is in it, what is not known is not, and the Hub's client can read its metadata."""
+"""The model card has all known facts and no others, and the Hub's client can read its metadata."""
 
 import json
 import math
@@ -24,14 +24,14 @@ def result(length: int, stride: int, perplexity: float) -> Result:
 
 
 def write_evaluation(path: Path, *curves: Curve) -> CardArguments:
-    """PREFIX.json and PREFIX.png as hf_alibi evaluate writes them."""
+    """Writes PREFIX.json and PREFIX.png as hf_alibi evaluate does, and returns arguments that name them."""
     evaluate_command.write_results(curves, path.with_suffix(""))
     plot_extrapolation(curves, path.with_suffix(".png"))
     return CardArguments(evaluation=path, evaluation_text="some/text")
 
 
 def edit(arguments: CardArguments, field: str, value: object) -> None:
-    """Give the first result another value."""
+    """Changes a field of the first result."""
     assert arguments.evaluation is not None
     written = json.loads(arguments.evaluation.read_text())
     written["models"][0]["results"][0][field] = value
@@ -39,7 +39,7 @@ def edit(arguments: CardArguments, field: str, value: object) -> None:
 
 
 def read(card: ModelCard) -> ModelCard:
-    """The card as the Hub's client reads it from its file, which checks the metadata."""
+    """Returns the card as the Hub's client reads it from its file. The client checks the metadata."""
     return ModelCard(str(card))
 
 
@@ -95,7 +95,7 @@ def test_the_evaluation_is_a_table_a_picture_and_a_model_index(make_model: Model
     assert "On some/text, in windows that begin 64 tokens apart and score their last 64 targets." in card.text
     assert "| 64 | 20.00 | 2.000 | 1,000 |\n| 256 | 18.50 | 1.850 | 1,000 |" in card.text
     assert f"]({PLOT_NAME})" in card.text
-    assert "evaluated to 256 tokens" in card.text
+    assert "evaluated up to 256 tokens; nothing is known beyond" in card.text
     assert card.data.model_name == "model"
     found = [(entry.dataset_name, entry.metric_type, entry.metric_value) for entry in card.data.eval_results or []]
     values = [("perplexity", 20.0), ("bits_per_byte", 2.0), ("perplexity", 18.5), ("bits_per_byte", 1.85)]
@@ -112,7 +112,8 @@ def test_windows_follow_from_the_trained_gains(make_model: ModelFactory, tmp_pat
     model = make_model(window_tolerance=0.001)
     attention = model.model.layers[1].self_attn
     attention.q_norm.weight.fill_(3.0)
-    bound = 1.01 * 3.0 * math.sqrt(model.config.head_dim)  # the largest score, with 1% for rounding
+    # The largest score, with 1% for rounding.
+    bound = 1.01 * 3.0 * math.sqrt(model.config.head_dim)
     expected = [math.ceil((2 * bound + math.log(1000)) / slope) for slope in model.config.slopes]
     assert windows(model_card(model, "me/books", tmp_path)) == expected
 
@@ -130,7 +131,7 @@ def test_learned_slopes_are_those_of_the_weights(make_model: ModelFactory, tmp_p
 
 @pytest.mark.parametrize(
     ("config", "text"),
-    [({"window_tolerance": 0}, "Off: every query"), ({"qk_norm": False}, "Without QK-norm a window follows from")],
+    [({"window_tolerance": 0}, "Off: every query"), ({"qk_norm": False}, "Without QK-norm, each call computes")],
     ids=["off", "no QK-norm"],
 )
 def test_windows_that_are_not_known_beforehand(

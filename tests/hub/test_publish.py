@@ -1,6 +1,5 @@
-"""Publishing to a Hub on the loopback address through the true client: refusals, interruptions, dry runs."""
+"""Publishing to a Hub on the loopback address with the real client: refusals, interruptions, dry runs."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,26 +8,23 @@ from typing import Any
 import pytest
 import torch
 from bomb import write_bomb
-from hub_server import READ_TOKEN, WRITE_TOKEN, HubServer
+from damage import edit_config, edit_json, edit_weights, pickle_weights, save_baseline, truncate
+from hub_server import IGNORE_UPLOAD_WARNING, READ_TOKEN, WRITE_TOKEN, HubServer
 from huggingface_hub import HfApi, constants
-from safetensors.torch import load_file, save_file
-from tiny import VOCAB_SIZE, save_checkpoint, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from tiny import save_checkpoint, tiny_tokenizer
 
 from hf_alibi import AlibiGPTForSequenceClassification
 from hf_alibi.errors import UserError
 from hf_alibi.hub.checkpoints import load_causal_lm
 from hf_alibi.hub.model_card import CardArguments
 from hf_alibi.hub.publish import publish
-from hf_alibi.positions.sinusoidal import SinusoidalGPTConfig
 
-# The client hands files to its HTTP library in a way that this has come to deprecate.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+pytestmark = IGNORE_UPLOAD_WARNING
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """An empty Hub."""
+    """Yields an empty Hub."""
     with HubServer() as server:
         server.connect(tmp_path / "home", monkeypatch)
         yield server
@@ -36,31 +32,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A model of 140 kB."""
+    """Returns a checkpoint of 140 kB."""
     return save_checkpoint(tmp_path / "tiny")
 
 
-def edit_json(path: Path, **values: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
 def edit_norm(folder: Path, norm: torch.Tensor) -> None:
-    weights = load_file(folder / "model.safetensors")
-    save_file(weights | {"model.norm.weight": norm}, folder / "model.safetensors")
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def pickle_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    write_bomb(folder / "pytorch_model.bin", folder / "crater")
-
-
-def save_baseline(folder: Path) -> None:
-    config = SinusoidalGPTConfig(vocab_size=VOCAB_SIZE, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    edit_weights(folder, lambda weights: weights.update({"model.norm.weight": norm}))
 
 
 def save_classifier(folder: Path) -> None:
@@ -76,7 +53,7 @@ TAMPERED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "model.norm.weight holds values that are not finite",
     ),
     "pickle": (pickle_weights, "pickled weights can run code and are never read"),
-    "config": (lambda folder: edit_json(folder / "config.json", num_key_value_heads=3), "cannot share 3 key-value"),
+    "config": (lambda folder: edit_config(folder, num_key_value_heads=3), "cannot share 3 key-value"),
     "generation config": (
         lambda folder: edit_json(folder / "generation_config.json", max_new_tokens=-1),
         "generation_config.json is not valid: `max_new_tokens` must be greater than 0",
@@ -202,7 +179,8 @@ def test_a_pull_request_leaves_the_main_branch_alone(hub: HubServer, checkpoint:
     assert list(hub.files("tester/tiny")) == [".gitattributes"]
     again = publish(checkpoint, "tester/tiny", revision="refs/pr/1")
     assert again is not None
-    assert again.oid == commit.oid  # there was nothing to change
+    # Nothing had to change.
+    assert again.oid == commit.oid
 
 
 def test_loading_what_is_missing_or_hidden_is_refused_in_a_line(

@@ -1,4 +1,4 @@
-"""Old checkpoints get the present code, in a folder and on the Hub, and nothing else about them changes."""
+"""Old checkpoints get the present code, in a folder and on the Hub, and nothing else in them changes."""
 
 import json
 import shutil
@@ -7,23 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bomb import write_bomb
-from hub_server import READ_TOKEN, HubServer
+from damage import edit_config, pickle_weights, save_baseline
+from hub_server import IGNORE_UPLOAD_WARNING, READ_TOKEN, HubServer
 from huggingface_hub import HfApi, constants
-from tiny import VOCAB_SIZE, save_checkpoint
+from tiny import save_checkpoint
 
 from hf_alibi import AlibiGPTForSequenceClassification
 from hf_alibi.cli import refresh as refresh_command
 from hf_alibi.errors import UserError
 from hf_alibi.hub.refresh import new_code, refresh
-from hf_alibi.positions.sinusoidal import SinusoidalGPTConfig, SinusoidalGPTForCausalLM
 
-# The client hands files to its HTTP library in a way that this has come to deprecate.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+pytestmark = IGNORE_UPLOAD_WARNING
 
 FIRST_RELEASE = Path(__file__).parents[1] / "fixtures" / "first-release"
 
-# Added to the old code: what it sees of the outside.
+# Is added to the old code, and records the tokens that it sees.
 SPY = """
 import os
 from pathlib import Path as _Path
@@ -36,7 +34,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def make_old(folder: Path, crater: Path) -> None:
-    """Turn a saved checkpoint into one whose code is of another release: one file has another name, one is missing."""
+    """Changes the code of a checkpoint to that of another release: one file has another name, and one is missing."""
     (folder / "cache_names.py").rename(folder / "names_of_caches.py")
     for file in folder.glob("*.py"):
         file.write_text(file.read_text().replace("from .cache_names import", "from .names_of_caches import"))
@@ -51,7 +49,7 @@ def make_old(folder: Path, crater: Path) -> None:
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """A checkpoint with old code that runs."""
+    """Returns a checkpoint with old code that runs."""
     folder = save_checkpoint(tmp_path / "books")
     make_old(folder, tmp_path / "crater")
     return folder
@@ -135,21 +133,6 @@ def test_a_classifier_is_compared_by_its_own_outputs(tmp_path: Path, capsys: pyt
     assert new_code().items() <= contents(folder).items()
 
 
-def edit_config(folder: Path, **values: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def save_baseline(folder: Path) -> None:
-    config = SinusoidalGPTConfig(vocab_size=VOCAB_SIZE, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    SinusoidalGPTForCausalLM(config).save_pretrained(folder)
-
-
-def pickle_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    write_bomb(folder / "pytorch_model.bin", folder / "crater")
-
-
 def put_in_the_way(folder: Path) -> None:
     (folder / "cache_names.py").write_text("NAMES = []\n")
 
@@ -182,7 +165,7 @@ def test_what_cannot_be_refreshed_is_refused_in_a_line(
 
 @pytest.fixture
 def hub(old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A Hub with the old checkpoint as `tester/books`."""
+    """Yields a Hub with the old checkpoint as `tester/books`."""
     with HubServer() as server:
         server.connect(tmp_path / "home", monkeypatch)
         HfApi().create_repo("tester/books")
@@ -210,7 +193,8 @@ def test_a_repository_gets_one_commit_or_a_pull_request(hub: HubServer, capsys: 
     assert code == new_code() | {"handler.py": before["handler.py"]}
     for name in before.keys() - code.keys() - {"config.json", "names_of_caches.py"}:
         assert refreshed[name] == before[name]
-    assert set(hub.unknown) <= {"GET /api/agent-harnesses"}  # asked once a day, not for us to answer
+    # The client asks this once a day. It does not concern the package.
+    assert set(hub.unknown) <= {"GET /api/agent-harnesses"}
 
 
 @pytest.mark.parametrize(

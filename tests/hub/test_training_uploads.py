@@ -1,4 +1,4 @@
-"""What is uploaded while training: under every strategy and in every commit, the files of the model alone."""
+"""During training, every commit under every strategy holds only the files of the model."""
 
 import json
 from collections.abc import Iterator
@@ -8,30 +8,30 @@ from typing import Any
 import pytest
 import torch
 from hub_repository import File
-from hub_server import WRITE_TOKEN, HubServer
+from hub_server import IGNORE_UPLOAD_WARNING, WRITE_TOKEN, HubServer
 from huggingface_hub import HfApi
 from tiny import VOCAB_SIZE, tiny_tokenizer
+from tiny_training import tiny_blocks
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM
 from hf_alibi.errors import UserError
 from hf_alibi.positions.sinusoidal import SinusoidalGPTConfig
-from hf_alibi.training.data import collate_blocks, load_file_corpus, pack
+from hf_alibi.training.data import collate_blocks
 from hf_alibi.training.safe_trainer import SafeTrainer
 from hf_alibi.training.trainer import train
 
-# The client hands files to its HTTP library in a way that this has come to deprecate.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+pytestmark = IGNORE_UPLOAD_WARNING
 
 MODEL = {"config.json", "generation_config.json", "model.safetensors"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-# How a pickle begins, by itself and as torch saves it.
+# The first bytes of a pickle, and of a file that torch saves.
 PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """An empty Hub, which only a token that is given as an argument may write to."""
+    """Yields an empty Hub. Only tokens that are passed as arguments can write to it."""
     with HubServer() as server:
         server.connect(tmp_path / "home", monkeypatch)
         monkeypatch.delenv("HF_TOKEN")
@@ -62,17 +62,11 @@ def arguments(folder: Path, strategy: str, **others: Any) -> TrainingArguments:
     )
 
 
-def blocks(folder: Path) -> Any:
-    text = folder / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog\n" * 60)
-    return pack(load_file_corpus(str(text), validation_percentage=0), tiny_tokenizer(), 32)
-
-
 def new_trainer(folder: Path, args: TrainingArguments) -> SafeTrainer:
     return SafeTrainer(
         model=new_model(),
         args=args,
-        train_dataset=blocks(folder)["train"],
+        train_dataset=tiny_blocks(folder / "text.txt")["train"],
         data_collator=collate_blocks,
         processing_class=tiny_tokenizer(),
     )
@@ -83,7 +77,7 @@ def is_code(path: str) -> bool:
 
 
 def check_commit(files: dict[str, File]) -> None:
-    """A commit holds no pickle, no token, and at its root the model, its tokenizer, its code and its card."""
+    """Checks that a commit holds no pickle and no token, and only model, tokenizer, code and card."""
     for path, file in files.items():
         assert not file.content.startswith(PICKLES), path
         assert WRITE_TOKEN.encode() not in file.content, path
@@ -106,10 +100,12 @@ def test_every_commit_holds_the_model_alone(
     run = tmp_path / "run"
     run.mkdir()
     (run / "notes.txt").write_text("private")
-    train(new_model(), tiny_tokenizer(), blocks(tmp_path), arguments(run, strategy, save_total_limit=1))
+    train(
+        new_model(), tiny_tokenizer(), tiny_blocks(tmp_path / "text.txt"), arguments(run, strategy, save_total_limit=1)
+    )
 
     commits = hub.repositories["tester/run"].commits
-    # One that makes the repository, one for each checkpoint, one in the end.
+    # One commit creates the repository, each checkpoint makes one, and publishing makes the last.
     assert len(commits) == (2 if strategy == "end" else 5)
     for files in commits.values():
         check_commit(files)
@@ -156,7 +152,7 @@ def test_push_to_hub_of_the_trainer_publishes(hub: HubServer, tmp_path: Path) ->
     trainer.train()
     with pytest.raises(UserError, match="takes commit_message, token and revision only, not dataset"):
         trainer.push_to_hub(dataset="books")
-    # This pushes, as Trainer's does.
+    # Like that of Trainer, this method also uploads.
     trainer.save_model()
     commits = list(hub.repositories["tester/run"].commits.values())
     assert "README.md" in commits[-1]
@@ -168,7 +164,7 @@ def test_a_private_run_is_never_sent_to_a_public_repository(hub: HubServer, tmp_
     HfApi(token=WRITE_TOKEN).create_repo("tester/run")
     args = arguments(tmp_path / "run", "every_save", hub_private_repo=True)
     with pytest.raises(UserError, match="tester/run is public; make it private"):
-        train(new_model(), tiny_tokenizer(), blocks(tmp_path), args)
+        train(new_model(), tiny_tokenizer(), tiny_blocks(tmp_path / "text.txt"), args)
     assert list(hub.files("tester/run")) == [".gitattributes"]
 
 
@@ -176,7 +172,7 @@ def test_what_cannot_be_published_is_refused_before_training(hub: HubServer, tmp
     shape = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = AutoModelForCausalLM.from_config(SinusoidalGPTConfig(**shape))
     with pytest.raises(UserError, match="only AlibiGPTForCausalLM can be published, not Sinusoidal"):
-        train(model, tiny_tokenizer(), blocks(tmp_path), arguments(tmp_path / "run", "end"))
+        train(model, tiny_tokenizer(), tiny_blocks(tmp_path / "text.txt"), arguments(tmp_path / "run", "end"))
     assert not hub.repositories
 
 

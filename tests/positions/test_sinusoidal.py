@@ -1,4 +1,4 @@
-"""The sinusoidal baseline: the same model with other positions, and nothing else."""
+"""The sinusoidal baseline is the same model with other positions."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The command `hf_alibi` over real HTTP: answers equal `generate`'s, and no client can stop the server for others."""
+"""`hf_alibi serve` over real HTTP: answers equal those of `generate`, and no client can block it for others."""
 
 import copy
 import json
@@ -31,12 +31,13 @@ from hf_alibi.serving.prompts import encode_chat
 COMMAND = Path(sysconfig.get_path("scripts")) / "hf_alibi"
 PROMPT = "the quick brown fox "
 MESSAGES: list[Any] = [{"role": "user", "content": PROMPT}]
-LETTERS = range(66, 92)  # the tokens of a to z, the only ones that are generated: each token shows in a stream
+# The tokens of a to z, the only ones that are generated, so that each token shows in a stream.
+LETTERS = range(66, 92)
 MAX_TOTAL_TOKENS = 20_000
 
 
 class Server:
-    """`hf_alibi serve` of a checkpoint, in a process of its own on a free port."""
+    """`hf_alibi serve` with a checkpoint, in a separate process on a free port."""
 
     def __init__(self, checkpoint: Path, *options: str) -> None:
         with socket.create_server(("localhost", 0)) as free:
@@ -48,7 +49,7 @@ class Server:
         self.command = [str(COMMAND), "serve", str(checkpoint), *limits, *options]
 
     def start(self) -> "Server":
-        """Start the process and wait until it answers."""
+        """Starts the process and waits until it answers."""
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(self.command, stdout=log, stderr=log, env=environment)
@@ -60,7 +61,7 @@ class Server:
         return self
 
     def kill(self) -> None:
-        """Send SIGKILL (kill -9)."""
+        """Sends SIGKILL (kill -9)."""
         self.process.kill()
         self.process.wait()
 
@@ -70,22 +71,22 @@ class Server:
         self.kill()
 
     def is_up(self) -> bool:
-        """Whether there is an answer."""
+        """Returns whether the server answers."""
         try:
             return httpx2.get(f"{self.url}/health").status_code == 200
         except httpx2.ConnectError:
             return False
 
     def post(self, path: str, **options: Any) -> httpx2.Response:
-        """A bare request."""
+        """Sends a request without a client library."""
         return httpx2.post(self.url + path, timeout=60, **options)
 
     def client(self) -> OpenAI:
-        """OpenAI's own client of this server."""
+        """Returns OpenAI's own client for this server."""
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
     def complete(self, prompt: str, max_tokens: int, **options: Any) -> str:
-        """A completion, which is streamed."""
+        """Yields a streamed completion."""
         with self.client() as client:
             chunks = client.completions.create(
                 model=str(self.checkpoint), prompt=prompt, max_tokens=max_tokens, stream=True, **options
@@ -95,7 +96,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained AlibiGPT that generates letters without end."""
+    """Returns an untrained AlibiGPT that generates letters without end."""
     return save_letters(tmp_path_factory.mktemp("checkpoints") / "letters")
 
 
@@ -155,7 +156,7 @@ def test_chat_follows_the_template(server: Server, model: AlibiGPTForCausalLM) -
 
 
 def chat_tokens(messages: list[dict[str, str]]) -> list[int]:
-    """The tokens of a conversation by definition: of each message as plain text, and one that ends it."""
+    """Computes the tokens of a conversation by definition: each message as plain text, and a token that ends it."""
     options = {"add_special_tokens": False, "split_special_tokens": True}
     tokens = []
     for message in messages:
@@ -201,7 +202,7 @@ def test_spaces_that_a_special_token_takes_are_taken() -> None:
 
 
 def test_a_long_prompt_keeps_nobody_waiting(server: Server) -> None:
-    """Its tokenization takes seconds, and the server answers meanwhile."""
+    """The server answers other requests during the seconds of its tokenization."""
     text = "the quick brown fox " * (MAX_TOTAL_TOKENS * 16 // 20)
     with Server(server.checkpoint, "--max_total_tokens", "150000") as other, ThreadPoolExecutor(2) as threads:
         long = [
@@ -349,7 +350,8 @@ def test_32_parallel_streams(server: Server, model: AlibiGPTForCausalLM) -> None
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 def test_a_client_that_leaves_does_not_keep_others_waiting(server: Server, stream: bool) -> None:
-    body = json.dumps({"prompt": PROMPT, "max_tokens": 19_000, "stream": stream}).encode()  # for a minute or more
+    # Generates for a minute or more.
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 19_000, "stream": stream}).encode()
     head = (
         f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
     )
@@ -381,7 +383,8 @@ def test_chat_command(server: Server, model: AlibiGPTForCausalLM) -> None:
     }  # it forbids this too
     chat = subprocess.run(
         [COMMAND, "chat", server.checkpoint, server.url, "max_new_tokens=12", "do_sample=False"],
-        input=f"{PROMPT}\nn\n!exit\n",  # no: it asks whether to go on
+        # The chat asks whether to continue; "n" means no.
+        input=f"{PROMPT}\nn\n!exit\n",
         capture_output=True,
         text=True,
         env=environment,

@@ -1,4 +1,4 @@
-"""The chat template of a tokenizer that was trained here: what it lays out, marks for training, and refuses."""
+"""The chat template of tokenizers that are trained here: its format, its marks for training, and what it refuses."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def test_each_message_is_a_document() -> None:
 
 
 def test_earlier_messages_stay_what_they_were() -> None:
-    """Trainers that look for a turn's tokens in the whole conversation rely on it."""
+    """Trainers that search for a turn's tokens in the whole conversation rely on it."""
     for count in range(1, len(CHAT)):
         assert render(CHAT).startswith(render(CHAT[:count]))
         if CHAT[count]["role"] == "assistant":

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from itertools import chain, repeat
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -26,6 +25,8 @@ from hf_alibi.training.data import (
     standard_library_corpus,
     train_tokenizer,
 )
+
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 ODD_TEXTS = {
     "emoji": "👩‍👩‍👧‍👦 and 🏳️‍🌈",
@@ -46,12 +47,6 @@ def library() -> DatasetDict:
 @pytest.fixture(scope="module")
 def tokenizer(library: DatasetDict) -> PreTrainedTokenizerBase:
     return train_tokenizer(library["train"]["text"], 1024, max_characters=500_000)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `datasets` caches goes with the test."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 def random_documents(seed: int) -> list[str]:
@@ -117,7 +112,7 @@ def test_saved_tokenizer_names_a_class_that_every_version_of_transformers_has(
 
     tokenizer.save_pretrained(tmp_path)
     assert saved_class(tmp_path) == "PreTrainedTokenizerFast"
-    # One that was loaded is of Transformers' own class, which saves itself under the other name.
+    # A loaded tokenizer has Transformers' own class, which saves itself under the other name.
     AutoTokenizer.from_pretrained(tmp_path, token="hf_secret").save_pretrained(tmp_path / "again")
     make_tokenizer_portable(tmp_path / "again")
     assert saved_class(tmp_path / "again") == "PreTrainedTokenizerFast"
@@ -175,7 +170,7 @@ def test_packing_loses_nothing(tokenizer: PreTrainedTokenizerBase, block_size: i
 
 
 def positions_one_by_one(documents: list[list[int]], block_lengths: list[int]) -> list[int]:
-    """Positions from the definition: walk through the tokens, and begin again at each document and each block."""
+    """Computes positions by definition, in a loop that starts again at each document and each block."""
     block_starts = set(np.cumsum([0, *block_lengths]).tolist())
     positions: list[int] = []
     for document in documents:
@@ -194,7 +189,8 @@ def test_a_last_token_is_not_left_alone(tokenizer: PreTrainedTokenizerBase) -> N
 
 @pytest.mark.parametrize("isolate_documents", [False, True], ids=["crossing", "isolated"])
 def test_streaming_packs_the_same_blocks(tokenizer: PreTrainedTokenizerBase, isolate_documents: bool) -> None:
-    documents = Dataset.from_dict({"text": [f"document {n}" for n in range(2500)]})  # more than two batches
+    # More than two batches.
+    documents = Dataset.from_dict({"text": [f"document {n}" for n in range(2500)]})
     blocks = pack(documents, tokenizer, 32, isolate_documents)
     streamed = pack(documents.to_iterable_dataset(), tokenizer, 32, isolate_documents)
     assert [{name: list(ids) for name, ids in block.items()} for block in streamed] == list(blocks)
@@ -328,7 +324,8 @@ BAD_FILES = {
 @pytest.mark.parametrize(("name", "content", "message"), BAD_FILES.values(), ids=BAD_FILES.keys())
 def test_bad_file(tmp_path: Path, name: str, content: bytes, message: str, streaming: bool) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):  # where it is streamed, once the row is reached
+    # A stream raises only when it reaches the row.
+    with pytest.raises(UserError, match=message):
         list(load_file_corpus(str(tmp_path / name), streaming=streaming, validation_percentage=0)["train"])
 
 

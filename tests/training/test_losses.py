@@ -1,4 +1,4 @@
-"""The loss that Trainer asks for: the same for one large batch as for several small ones, and smoothed rightly."""
+"""The loss in training is the same for one large batch as for several small ones, and is smoothed correctly."""
 
 import json
 import logging
@@ -123,7 +123,7 @@ TASKS: dict[str, tuple[Callable[[], PreTrainedModel], Rows, Any]] = {
 
 
 def first_step(task: str, folder: Path, batch_size: int, accumulation: int) -> tuple[float, float]:
-    """The loss and the norm of the gradients of one step over all rows."""
+    """Returns the loss and the norm of the gradients of one step over all rows."""
     make, rows, collate = TASKS[task]
     arguments = TrainingArguments(
         str(folder),
@@ -131,7 +131,8 @@ def first_step(task: str, folder: Path, batch_size: int, accumulation: int) -> t
         logging_steps=1,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
-        max_grad_norm=1e9,  # only measured
+        # So large that the norm is measured but nothing is clipped.
+        max_grad_norm=1e9,
         use_cpu=True,
         save_strategy="no",
         dataloader_pin_memory=False,
@@ -180,7 +181,7 @@ def test_two_processes_make_the_step_of_one(tmp_path: Path) -> None:
 
 
 def smoothed(logits: Tensor, labels: Tensor) -> float:
-    """Label smoothing from its definition: every class gets an equal part of `EPSILON`. Source: arXiv 1512.00567."""
+    """Computes label smoothing by definition: all classes share `EPSILON` equally. Source: arXiv 1512.00567."""
     logs = logits.double().log_softmax(-1)[labels != -100]
     labels = labels[labels != -100]
     target = F.one_hot(labels, logs.shape[-1]) * (1 - EPSILON) + EPSILON / logs.shape[-1]
@@ -197,7 +198,8 @@ def smoothing_trainer(model: nn.Module, folder: Path) -> Trainer:
 def test_label_smoothing_predicts_the_next_token(task: str, sharded: bool, tmp_path: Path) -> None:
     make, rows, collate = TASKS[task]
     model, batch = make(), collate(rows)
-    if sharded:  # PyTorch's fully_shard gives a model a class of this name
+    # PyTorch's fully_shard gives a model a class of this name.
+    if sharded:
         model.__class__ = type(f"FSDP{type(model).__name__}", (type(model),), {})
     expected = smoothed(model(batch["input_ids"]).logits[:, :-1], batch["labels"][:, 1:])
     assert smoothing_trainer(model, tmp_path).compute_loss(model, dict(batch)).item() == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""Going on after an interruption: a resumed run is the one without an interruption, or it is refused."""
+"""A resumed run ends with the weights of an uninterrupted one, or it is refused."""
 
 import json
 import os
@@ -17,6 +17,7 @@ import pytest
 import torch
 from bomb import Bomb
 from safetensors.torch import load_file
+from tiny_training import TINY, write_rows
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from hf_alibi.cli import train as train_command
@@ -24,43 +25,29 @@ from hf_alibi.errors import UserError
 from hf_alibi.training.resume import find_checkpoint
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
-TINY = ["--config_overrides", "hidden_size=32,num_hidden_layers=2,num_attention_heads=4,hidden_dropout=0.1"]
-TINY += ["--vocab_size", "300", "--block_size", "16", "--use_cpu", "--disable_tqdm", "True"]
-TINY += ["--per_device_train_batch_size", "2", "--learning_rate", "0.01"]
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 RESUME = ["--resume_from_checkpoint", "True"]
-# Transformers 5.24 has renamed it.
+# Transformers 5.24 renamed this option.
 CHECKPOINTING = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
 
 main = train_command.main
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `datasets` caches goes with the test."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
-def write_rows(path: Path, documents: int, lines: int = 7) -> str:
-    texts = ["".join(f"line {line} of document {n}\n" for line in range(n % lines + 1)) for n in range(documents)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return str(path)
-
-
 @pytest.fixture
 def rows(tmp_path: Path) -> str:
-    """A file of 100 documents of different lengths: about 280 blocks."""
+    """Returns a file of 100 documents of different lengths, about 280 blocks."""
     return write_rows(tmp_path / "rows.jsonl", 100)
 
 
 @pytest.fixture
 def few_rows(tmp_path: Path) -> str:
-    """A file of 4 documents: 9 blocks, which six steps of two blocks go through more than once."""
+    """Returns a file of 4 documents with 9 blocks, fewer than the 12 blocks of six steps."""
     return write_rows(tmp_path / "few.jsonl", 4, lines=3)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A run of six steps with checkpoints at 2, 4 and 6, and its command without the folder."""
+    """Returns a run of six steps with checkpoints at 2, 4 and 6, and its command without the folder."""
     folder = tmp_path_factory.mktemp("trained")
     data = write_rows(folder / "rows.jsonl", 100)
     arguments = [*TINY, "--train_file", data, "--validation_split_percentage", "0"]
@@ -72,7 +59,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 
 
 def interrupted(trained: tuple[Path, list[str]], folder: Path, *steps: int) -> Path:
-    """A folder with copies of these checkpoints alone."""
+    """Returns a folder with copies of only these checkpoints."""
     for step in steps:
         shutil.copytree(trained[0] / f"checkpoint-{step}", folder / f"checkpoint-{step}")
     return folder
@@ -182,7 +169,7 @@ def test_two_processes_resume_to_the_same_weights(tmp_path: Path, few_rows: str,
         find_checkpoint(args)
 
 
-# Checkpoints that are torn
+# Damaged checkpoints
 
 
 def cut(name: str, keep: float) -> Callable[[Path], Any]:
@@ -194,7 +181,7 @@ def cut(name: str, keep: float) -> Callable[[Path], Any]:
 
 
 def zero_the_middle(name: str) -> Callable[[Path], Any]:
-    """What a power cut leaves of blocks that were allocated and never written."""
+    """Returns a function that zeroes the middle of a file, as after a power cut before all blocks were written."""
 
     def tear(folder: Path) -> None:
         content = bytearray((folder / name).read_bytes())
@@ -329,11 +316,11 @@ def test_a_fresh_optimizer_goes_on_at_the_learning_rate_of_the_step(
     main([*arguments, "--logging_steps", "1"])
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     rates = {entry["step"]: entry["learning_rate"] for entry in log if "learning_rate" in entry}
-    # From 0.01 at the first step, linearly to 0 after six.
+    # The rate falls linearly, from 0.01 at the first step to 0 after six.
     assert rates == pytest.approx({5: 0.01 * 2 / 6, 6: 0.01 / 6})
     before, after = load_file(folder / "checkpoint-4/model.safetensors"), load_file(folder / "model.safetensors")
     largest = max((after[name] - before[name]).abs().max().item() for name in before)
-    # Adam's first two steps are no larger than the learning rate, and weights of the size of 1 decay by nothing.
+    # Adam's first two steps are at most as large as the learning rate, and there is no weight decay.
     assert 0 < largest < 1.5 * sum(rates.values())
 
 
@@ -354,7 +341,7 @@ def test_a_fresh_optimizer_needs_a_rate_that_follows_from_the_step(
         main(["--output_dir", str(folder), *arguments, *RESUME, "--fresh_optimizer", "True"])
 
 
-# Runs that are not the checkpoint's
+# Runs that differ from that of the checkpoint
 
 CHANGED = {
     "learning rate": (["--learning_rate", "0.02"], r"learning_rate \(0.02, not 0.01\)"),

@@ -1,4 +1,4 @@
-"""Training with `scripts/train.py`: what it leaves behind, how it resumes, and what it refuses before it writes."""
+"""Training with `scripts/train.py`: the files that it writes, how it resumes, and what it refuses before it writes."""
 
 import json
 import math
@@ -10,12 +10,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from conftest import ModelFactory
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
+from tiny_training import TINY, write_rows
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -31,29 +31,18 @@ from hf_alibi.training.data import pack, train_tokenizer
 from hf_alibi.training.trainer import check_vocabulary, train
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
-TINY = ["--config_overrides", "hidden_size=32,num_hidden_layers=2,num_attention_heads=4,hidden_dropout=0.1"]
-TINY += ["--vocab_size", "300", "--block_size", "16", "--use_cpu", "--disable_tqdm", "True"]
-TINY += ["--per_device_train_batch_size", "2", "--learning_rate", "0.01"]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `datasets` caches goes with the test."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 @pytest.fixture
 def rows(tmp_path: Path) -> str:
-    """A file of 100 documents of different lengths."""
-    path = tmp_path / "rows.jsonl"
-    texts = ["".join(f"line {line} of document {n}\n" for line in range(n % 7 + 1)) for n in range(100)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return str(path)
+    """Returns a file of 100 documents of different lengths."""
+    return write_rows(tmp_path / "rows.jsonl")
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, make_model: ModelFactory) -> Path:
-    """A small AlibiGPT with a tokenizer of 300 tokens."""
+    """Returns a small AlibiGPT with a tokenizer of 300 tokens."""
     folder = tmp_path / "checkpoint"
     make_model(vocab_size=300).save_pretrained(folder)
     train_tokenizer([Path(__file__).read_text()], 300).save_pretrained(folder)
@@ -165,7 +154,7 @@ BAD_ARGUMENTS = {
     ),
     "another shape": (
         ["--model_name_or_path", "{checkpoint}", "--config_overrides", "hidden_size=64", "--train_file", "{rows}"],
-        "hidden_size is 96 in .*, and stays so",
+        "hidden_size is 96 in .* and cannot be changed",
     ),
     "unknown architecture": (["--model_type", "alibi", "--train_file", "{rows}"], "alibi"),
     "unknown field": (["--config_overrides", "width=64", "--train_file", "{rows}"], "has no field 'width'"),
@@ -188,7 +177,7 @@ BAD_ARGUMENTS = {
 
 @pytest.fixture
 def inputs(tmp_path: Path, checkpoint: Path, rows: str) -> dict[str, str]:
-    """The files and folders that the bad arguments name."""
+    """Returns the files and folders that the bad arguments name."""
     folders = {name: tmp_path / name for name in ("empty", "gpt2", "large", "truncated")}
     folders["empty"] = tmp_path / "empty.txt"
     folders["empty"].touch()
