@@ -9,4 +9,5 @@ source scripts/environment.sh dev
 ruff check
 ruff format --check
 mypy
-pytest "$@"
+# Each test uses one thread, so two processes use two cores. A file stays in one process, which shares its models.
+pytest --numprocesses 2 --dist loadfile "$@"
