@@ -36,12 +36,17 @@ def flash_attention_2_forward(
 
     Raises:
         ValueError: For float32 and float64, a mask of queries times keys, and slopes that are trained.
+        ImportError: If the kernel is not installed.
     """
     # Only here, as a checkpoint must load where Transformers has moved this.
     from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 
     inputs = attention_inputs(module, query, key, value, attention_mask, scaling, dropout)
-    (flash, flash_varlen, *_), _ = lazy_import_flash_attention(module.config._attn_implementation)
+    name = module.config._attn_implementation
+    (flash, flash_varlen, *_), _ = lazy_import_flash_attention(name)
+    if flash is None or flash_varlen is None:
+        # Transformers 5.19 asks for a kernel that is missing once, and then takes it for loaded.
+        raise ImportError(f"The kernel of {name} is not installed. {HOW_TO_GET_FLASH_ATTENTION}")
     return alibi_flash_attention(inputs, attention_mask, flash, flash_varlen), None
 
 
