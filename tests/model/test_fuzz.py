@@ -18,6 +18,7 @@ from fuzz_cases import Case, cases
 from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM
 from hf_alibi.model import cache, causal, flex, inputs, sdpa, tiles
@@ -200,6 +201,8 @@ def read_in_steps(case: Case, model: AlibiGPTForCausalLM, batch: Batch, compare_
                 raise
             done += what
         elif kind == "mistake":
+            if case.cache == "static" and not hasattr(StaticLayer, "crop"):  # before Transformers 5.24
+                continue
             size = min(what, case.length - done)
             read(batch.next_tokens(size))
             past.crop(-size)
