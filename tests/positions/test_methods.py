@@ -1,4 +1,4 @@
-"""Position methods: each equals its formula, saves its code, caches, and differs from AlibiGPT in nothing else."""
+"""Each position method equals its formula, saves its code, has a cache, and otherwise equals AlibiGPT."""
 
 import math
 from pathlib import Path
