@@ -33,7 +33,8 @@ class RotaryGPTConfig(UnbiasedConfig):
         """Checks what `AlibiGPTConfig` checks, and `head_dim`.
 
         Raises:
-            ValueError: If fields contradict each other, or `head_dim` is odd.
+            ValueError: If fields contradict each other, or `head_dim` is odd. The config raises it as a
+                `StrictDataclassError`.
         """
         super().validate_architecture()
         if self.head_dim % 2:
