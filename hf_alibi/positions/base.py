@@ -1,4 +1,4 @@
-"""What the position methods share: a config without a bias, and a model that saves its code with it."""
+"""The base classes of position methods: a config without a bias, and a model that saves its code."""
 
 import inspect
 import os
@@ -14,31 +14,31 @@ from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM, AlibiGPTModel
 
 @strict
 class UnbiasedConfig(AlibiGPTConfig):
-    """An AlibiGPT without a bias: every slope is zero. A head without a slope has no window."""
+    """Configuration of an AlibiGPT whose slopes are all zero, so that it has neither bias nor windows."""
 
-    # The model saves the code of both; Transformers would not find the files of `model/`.
+    # The model saves the code of both. Transformers would not find the files of `model/`.
     _auto_class = None  # type: ignore[assignment]
     window_tolerance: int | float = 0.0
 
     @property
     def slopes(self) -> list[float]:
-        """No penalty on distance."""
+        """Zero for every head: distance costs nothing."""
         return [0.0] * self.num_attention_heads
 
 
 class PositionedCausalLM(AlibiGPTForCausalLM):
-    """A language model whose decoder, `decoder_class`, knows positions in another way than by ALiBi."""
+    """A language model with another position method. `decoder_class` is its decoder."""
 
     _auto_class = None  # type: ignore[assignment]
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Saves the model with its code: its own file, this one, and those of `model/` that the decoder needs."""
+        """Saves the model with its code: its own file, this file, and the files of `model/` that the decoder needs."""
         own = Path(inspect.getfile(type(self)))
         names = {"AutoConfig": type(self.config), "AutoModelForCausalLM": type(self)}
         self._auto_map = {auto_class: f"{own.stem}.{known.__name__}" for auto_class, known in names.items()}
         super().save_pretrained(save_directory, *args, **kwargs)
         decoder = Path(inspect.getfile(AlibiGPTModel))
         for file in [own, Path(__file__), decoder, *map(Path, get_relative_import_files(decoder))]:
-            # In the saved folder all files lie side by side.
+            # A saved model is one flat folder.
             code = file.read_text(encoding="utf-8").replace("from ..model.", "from .")
             (Path(save_directory) / file.name).write_text(code, encoding="utf-8")

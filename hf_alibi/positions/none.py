@@ -1,4 +1,4 @@
-"""No position method at all ("NoPE"): order is known from the causal mask alone.
+"""No position method ("NoPE"): only the causal mask tells the order of tokens.
 
 Identical to AlibiGPT except:
 

@@ -25,15 +25,16 @@ BASE = 10_000.0
 
 @strict
 class RotaryGPTConfig(UnbiasedConfig):
-    """Configuration of the model with rotary positions; `head_dim` must be even."""
+    """Configuration of the model with rotary positions. `head_dim` must be even."""
 
     model_type = "rotary_gpt"
 
     def validate_architecture(self) -> None:
-        """Checks the shape as `AlibiGPTConfig` does.
+        """Checks what `AlibiGPTConfig` checks, and `head_dim`.
 
         Raises:
-            ValueError: Also for an odd `head_dim`.
+            ValueError: If fields contradict each other, or `head_dim` is odd. The config raises it as a
+                `StrictDataclassError`.
         """
         super().validate_architecture()
         if self.head_dim % 2:
@@ -50,7 +51,7 @@ def rotated(states: Tensor, positions: Tensor) -> Tensor:
         positions: `[batch or 1, tokens]`, integers.
 
     Returns:
-        As `states`. Angles are computed in float32 or better, since 16 bits cannot hold positions.
+        The rotated states. Angles are computed in float32 or better, because 16 bits cannot hold positions.
     """
     half = states.shape[3] // 2
     dtype = torch.promote_types(states.dtype, torch.float32)

@@ -30,7 +30,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..model.modeling_alibi_gpt import AlibiGPTModel
 from .base import PositionedCausalLM, UnbiasedConfig
 
-TOKEN_SIZE = 0.3  # root mean square of a token embedding
+# Root mean squares of token embeddings and sinusoids.
+TOKEN_SIZE = 0.3
 SINUSOID_SIZE = TOKEN_SIZE / 8
 QUERY_GAIN = 2.0
 
@@ -77,7 +78,7 @@ class SinusoidalGPTModel(AlibiGPTModel):
             if module is attention.o_proj or module is mlp.down_proj:
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
             elif module is attention.k_proj:
-                # Leaves weights alone that were loaded, as `nn.init` does while Transformers calls this.
+                # Does not change loaded weights. While Transformers calls this method, `nn.init` does not either.
                 from transformers.initialization import copy_
 
                 # Keys start with the projection of the first query head that looks at them.

@@ -1,4 +1,4 @@
-"""Position methods: each equals its formula, saves its code, caches, and differs from AlibiGPT in nothing else."""
+"""Each position method equals its formula, saves its code, has a cache, and otherwise equals AlibiGPT."""
 
 import math
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from fresh import Request, run_fresh
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
@@ -107,7 +108,7 @@ def test_order_is_known_without_positions_but_not_distance() -> None:
 
 
 def test_rotary_needs_pairs() -> None:
-    with pytest.raises(ValueError, match="head_dim must be even, got 5"):
+    with pytest.raises(StrictDataclassError, match="head_dim must be even, got 5"):
         AutoConfig.for_model("rotary_gpt", head_dim=5, **SHAPE)
 
 
