@@ -1,6 +1,6 @@
 # The commands of CONTRIBUTING.md by name; `make help` lists them.
 
-.PHONY: help check test newest slow gpu demo bench docs
+.PHONY: help check test newest slow gpu llama demo bench docs
 
 help:                                         ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -14,6 +14,8 @@ slow:                                         ## tests that take minutes
 	bash scripts/test.sh -m slow
 gpu:                                          ## tests that need CUDA
 	bash scripts/test.sh -m gpu
+llama:                                        ## GGUF files in llama.cpp itself
+	bash scripts/test_llama_cpp.sh
 demo:                                         ## train short, test long, in six minutes
 	bash scripts/demo.sh
 bench:                                        ## one attention call beside PyTorch's, two minutes

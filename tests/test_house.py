@@ -16,7 +16,9 @@ PACKAGE = Path(hf_alibi.__file__).parent
 ROOT = PACKAGE.parent
 # Each folder may import itself and those to its left.
 ORDER = ["model", "positions", "evaluation", "hub", "conversion", "training", "serving", "benchmark", "cli"]
-OPTIONAL = {"accelerate", "datasets", "evaluate", "fastapi", "matplotlib", "peft", "tensorboard", "trl", "uvicorn"}
+OPTIONAL = {
+    "accelerate", "datasets", "evaluate", "fastapi", "gguf", "matplotlib", "peft", "tensorboard", "trl", "uvicorn",
+}  # fmt: skip
 
 
 def imported_rooms(file: Path) -> set[str]:

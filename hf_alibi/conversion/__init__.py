@@ -2,6 +2,7 @@
 
     model = convert("bigscience/bloom-560m", "runs/bloom")           # BLOOM, MPT, Falcon, Baichuan, JAIS, BTLM, Refact
     model = convert("runs/bloom", "runs/bloom-again", to="bloom")    # or "mpt": a model of Transformers
+    path = to_gguf("runs/mine", "runs/mine-gguf", outtype="q8_0")    # a file for llama.cpp
 
 Each architecture is one file. It has the meaning of the config's fields, a table of weights with a few reshapes, and
 the architecture's formula in float64 if Transformers has no class to compare with. `convert.py` does the rest: it
@@ -14,5 +15,6 @@ converted model would be saved in the source's format again.
 """
 
 from .convert import convert
+from .gguf_file import to_gguf
 
-__all__ = ["convert"]
+__all__ = ["convert", "to_gguf"]

@@ -11,8 +11,15 @@ from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM
 __all__ = ["FACTS", "write_card"]
 
 
-def write_card(model: PreTrainedModel, folder: Path, source_folder: Path, source: str) -> None:
-    """Writes README.md into `folder`, from the source's stated licence and the facts of the conversion in `folder`."""
+def write_card(model: PreTrainedModel | None, folder: Path, source_folder: Path, source: str) -> None:
+    """Writes README.md into `folder`, from the source's stated licence and the facts of the conversion in it.
+
+    Args:
+        model: What is in `folder`; `None` for a GGUF file.
+        folder: Of the converted model.
+        source_folder: Of its source.
+        source: What was given as source: a folder, or a repository of the Hub.
+    """
     arguments = CardArguments(
         license=stated_license(source_folder), base_model=None if Path(source).is_dir() else source
     )
@@ -20,9 +27,9 @@ def write_card(model: PreTrainedModel, folder: Path, source_folder: Path, source
         card = model_card(model, folder.name, folder, arguments)
     else:
         data = ModelCardData(
-            library_name="transformers",
+            library_name="gguf" if model is None else "transformers",
             pipeline_tag="text-generation",
-            tags=["alibi"],
+            tags=["alibi"] if model is not None else ["alibi", "gguf"],
             license=arguments.license,
             base_model=arguments.base_model,
         )

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -79,26 +80,17 @@ def convert(
         UserError: If the source cannot be read or the target not be written, if the other side has no such model, or
             if the two do not compute the same.
     """
-    folder = Path(target)
-    is_there = folder.exists()
-    if is_there and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not empty; choose a new folder")
-    checkpoint = Checkpoint(locate(source, allow_pickle), allow_pickle)
-    plan, config, name = _plan(checkpoint, to)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with new_folder(target) as folder:
+        checkpoint = Checkpoint(locate(source, allow_pickle), allow_pickle)
+        plan, config, name = _plan(checkpoint, to)
         is_exact, kept = _write(plan, config, checkpoint, folder, to is not None, dtype, max_shard_size, progress)
         tokenizer, remark = _carry(checkpoint, folder)
         tokens, how = encode(tokenizer, text, config.vocab_size)
         if isinstance(config, AlibiGPTConfig) and config.slopes_depend_on_length:
             # Beyond the training length, a text in pieces has other slopes than the whole text; see alibi_scaling.
             tokens = tokens[: config.training_length]
-        if len(tokens) < MIN_TOKENS:
-            raise UserError(f"the text to compare on is too short: {len(tokens)} tokens, of at least {MIN_TOKENS}")
-        described = (
-            f"the beginning of Alice's Adventures in Wonderland, by {how}" if text == TEXT else f"a text, by {how}"
-        )
-        model, verification = verify(plan, checkpoint, folder, tokens, described, is_exact)
+        check_length(tokens)
+        model, verification = verify(plan, checkpoint, folder, tokens, describe(text, how), is_exact)
         facts = {
             "source": str(source),
             "direction": f"{'from' if to is None else 'to'} {name}",
@@ -109,12 +101,39 @@ def convert(
         }
         (folder / FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False), encoding="utf-8")
         write_card(model, folder, checkpoint.folder, str(source))
+    return model
+
+
+@contextmanager
+def new_folder(target: str | Path) -> Iterator[Path]:
+    """Makes the folder `target`; whatever goes wrong within, it is afterwards as it was.
+
+    Raises:
+        UserError: If there is something in it.
+    """
+    folder = Path(target)
+    is_there = folder.exists()
+    if is_there and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not empty; choose a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
     except BaseException:
         shutil.rmtree(folder)
         if is_there:
             folder.mkdir()
         raise
-    return model
+
+
+def check_length(tokens: Tensor) -> None:
+    """Refuses a text that is too short to compare on."""
+    if len(tokens) < MIN_TOKENS:
+        raise UserError(f"the text to compare on is too short: {len(tokens)} tokens, of at least {MIN_TOKENS}")
+
+
+def describe(text: str, how: str) -> str:
+    """What was compared on, and how it became tokens."""
+    return f"the beginning of Alice's Adventures in Wonderland, by {how}" if text == TEXT else f"a text, by {how}"
 
 
 def _plan(checkpoint: Checkpoint, to: str | None) -> tuple[Plan, PreTrainedConfig, str]:
@@ -126,21 +145,31 @@ def _plan(checkpoint: Checkpoint, to: str | None) -> tuple[Plan, PreTrainedConfi
         plan = read(fields)
         fields.finish()
         return plan, _config(AlibiGPTConfig, plan, checkpoint), name
-    if to in TARGETS and kind == OURS:
-        try:
-            ours = AlibiGPTConfig.from_pretrained(checkpoint.folder)
-        except (ValueError, StrictDataclassError) as error:
-            raise UserError(f"{checkpoint.folder}: {error}") from error
+    if to in TARGETS:
+        ours = our_config(checkpoint, to)
         name, write = TARGETS[to]
         fields = Fields(ours.to_dict(), f"for {name}")
         plan = write(ours, fields)
         fields.finish()
         return plan, _config(type(AutoConfig.for_model(to)), plan, checkpoint), name
-    if to is not None and to not in TARGETS:
-        raise UserError(f"{to!r} is no target; choose {' or '.join(TARGETS)}")
     if to is not None:
-        raise UserError(f"only {OURS} becomes {to}; {checkpoint.folder} is of type {kind!r}: convert that first")
+        raise UserError(f"{to!r} is no target; choose {' or '.join(TARGETS)}, or call to_gguf for a GGUF file")
     raise UserError(f"{checkpoint.folder} is of type {kind!r}; known are {', '.join(SOURCES)}")
+
+
+def our_config(checkpoint: Checkpoint, to: str) -> AlibiGPTConfig:
+    """The config of a checkpoint that is to become a model of the kind `to`.
+
+    Raises:
+        UserError: If it is none of ours.
+    """
+    kind = checkpoint.config.get("model_type")
+    if kind != OURS:
+        raise UserError(f"only {OURS} becomes {to}; {checkpoint.folder} is of type {kind!r}: convert that first")
+    try:
+        return AlibiGPTConfig.from_pretrained(checkpoint.folder)
+    except (ValueError, StrictDataclassError) as error:
+        raise UserError(f"{checkpoint.folder}: {error}") from error
 
 
 def _config(config_class: type[PreTrainedConfig], plan: Plan, checkpoint: Checkpoint) -> Any:

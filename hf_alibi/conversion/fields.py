@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from ..errors import UserError
 
 REQUIRED: Any = object()
+LOSSLESS = 2.0**-24  # the largest window_tolerance that leaves out no more than float32 rounds
 ONE_DROPOUT = "dropout acts in training only, so a copy of the config may set both to 0"
 
 # Fields of any config of Transformers that do not change what a causal language model computes.
@@ -120,6 +121,12 @@ class Fields:
         if value is not None and not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
             raise self.refusal(name, "it must be a token id, a list of them, or null")
         return value
+
+    def every_key(self, target: str) -> None:
+        """Refuse head windows that leave out more than rounding: a model elsewhere looks at every key."""
+        if self.number("window_tolerance") > LOSSLESS:
+            reason = f"{target} looks at every key, so it needs a model trained with window_tolerance={LOSSLESS!r}"
+            raise self.refusal("window_tolerance", f"{reason} or less")
 
     def neutral(self, name: str, *kinds: type) -> None:
         """Accepts any value of these types, because the field does not change what the model computes."""

@@ -280,7 +280,9 @@ def conversion(folder: Path) -> str:
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         found = facts["verification"]
-        figures = {"whole text": found["full"], "padded on the left": found["padded"], "from a cache": found["cached"]}
+        figures = {"whole text": found["full"]}
+        if "padded" in found:  # not for a GGUF file
+            figures |= {"padded on the left": found["padded"], "from a cache": found["cached"]}
         rows = [[f"{name}", f"{value:.1g}"] for name, value in figures.items()]
         rows += [[f"{name}, for comparison", f"{value:.1g}"] for name, value in found["other"].items()]
         notes = [f"- {note}" for note in [*facts["folded"], *facts["differs"]]]

@@ -99,19 +99,20 @@ REFUSED: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 100, "hidden_act": "gelu", "mlp_gated": True,
         "alibi_max_bias": 16, "alibi_slopes": [0.1] * 6, "alibi_slopes_trainable": True,
         "alibi_scaling": {"type": "dynamic"}, "qk_norm": True, "clip_qkv": 6, "embedding_norm": False,
-        "use_parallel_residual": True,
+        "use_parallel_residual": True, "window_tolerance": 0.01,
     },
     "mpt": {
         "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 100, "hidden_act": "relu2", "mlp_gated": True,
         "alibi_max_bias": 16, "alibi_slopes": [0.1] * 6, "alibi_slopes_trainable": True,
         "alibi_scaling": {"type": "linear", "factor": 2.0}, "qk_norm": True, "attention_bias": True, "mlp_bias": True,
         "norm_bias": True, "embedding_norm": True, "use_parallel_residual": True, "attention_dropout": 0.1,
+        "window_tolerance": 0.01,
     },
 }  # fmt: skip
 # Fields that both classes have, or that only change the time.
 HELD = {
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "training_length", "norm_eps",
-    "window_tolerance", "hidden_dropout", "initializer_range", "use_cache", "tie_word_embeddings", "pad_token_id",
+    "hidden_dropout", "initializer_range", "use_cache", "tie_word_embeddings", "pad_token_id",
     "bos_token_id", "eos_token_id",
 }  # fmt: skip
 
