@@ -106,7 +106,7 @@ def convert(
 
 @contextmanager
 def new_folder(target: str | Path) -> Iterator[Path]:
-    """Makes the folder `target`; whatever goes wrong within, it is afterwards as it was.
+    """Makes the folder `target`. If an error leaves the block, the folder becomes what it was.
 
     Raises:
         UserError: If there is something in it.

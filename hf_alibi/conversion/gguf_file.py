@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 OF_DTYPE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f32"}
-BLOCK = 32  # weights that share a scale in q8_0
+# Weights that share a scale in q8_0.
+BLOCK = 32
 
 
 def to_gguf(
@@ -154,7 +155,7 @@ def _write(
     outtype: str,
     progress: bool,
 ) -> None:
-    """Writes the file; in memory are the weights of one step."""
+    """Writes the file. At any time, only the weights of one step are in memory."""
     from gguf import GGML_QUANT_SIZES, GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType
     from gguf.quants import quantize
 
@@ -189,7 +190,8 @@ def _add_metadata(writer: "GGUFWriter", metadata: Mapping[str, Any], template: s
         list: writer.add_array,
     }
     for key, value in metadata.items():
-        if key != "general.architecture":  # the writer has it
+        # The writer was made with the architecture.
+        if key != "general.architecture":
             add[type(value)](key, value)
     if template is not None:
         named = {"default": template} if isinstance(template, str) else template
@@ -237,7 +239,7 @@ def _verify(
     config: AlibiGPTConfig,
     is_exact: bool,
 ) -> dict[str, Any]:
-    """How far the file is from the model; an error if it holds the very weights and yet another model."""
+    """Compares the file with the model. A difference is an error, unless rounded weights explain it."""
     tokens, how = encode(tokenizer, text, config.vocab_size)
     check_length(tokens)
     architecture, found = _logits_of_file(path, tokens)
@@ -255,6 +257,6 @@ def _verify(
 
 
 def _logits_of_file(path: Path, tokens: Tensor) -> tuple[str, Tensor]:
-    """The architecture in the file, and its logits; the file is not kept in memory."""
+    """The architecture in the file, and its logits. The file is out of memory when this returns."""
     file = GGUFWeights(path)
     return file.metadata["general.architecture"], llama_cpp.reference(file.metadata, file, tokens)

@@ -1,6 +1,6 @@
 """The architectures of llama.cpp that have ALiBi: what each computes, its names, and its formula.
 
-Each computes few of our models exactly, and no model fits two of them:
+No model of ours fits two of them:
 
 | architecture | norm | feed-forward layer | biases | besides |
 | --- | --- | --- | --- | --- |
@@ -131,12 +131,15 @@ def write(config: AlibiGPTConfig, ours: Fields) -> tuple[Architecture, Plan]:
     ours.common(("AlibiGPTForCausalLM",))
     for name in _computed(architecture, config):
         ours.value(name)
+    # The weights in the file say this.
     for name in ("attention_bias", "mlp_bias", "norm_bias", "tie_word_embeddings"):
-        ours.flag(name)  # told by the weights in the file
+        ours.flag(name)
+    # llama.cpp does not train, and always has a cache.
     for name in ("hidden_dropout", "attention_dropout", "initializer_range", "use_cache"):
-        ours.value(name)  # there is no training, and always a cache
+        ours.value(name)
+    # These are written with the tokenizer.
     for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"):
-        ours.value(name)  # with the tokenizer
+        ours.value(name)
     name = architecture.name
     epsilon = "layer_norm_rms_epsilon" if config.norm_type == "rmsnorm" else "layer_norm_epsilon"
     fields: dict[str, Any] = {
@@ -155,7 +158,8 @@ def write(config: AlibiGPTConfig, ours: Fields) -> tuple[Architecture, Plan]:
         fields[f"{name}.attention.clamp_kqv"] = float(clip)
     plan = Plan(fields, _rules(architecture, config))
     if architecture.name == "jais":
-        is_exact = math.frexp(math.sqrt(config.head_dim))[0] == 0.5  # a power of two
+        # Multiplying by a power of two rounds nothing.
+        is_exact = math.frexp(math.sqrt(config.head_dim))[0] == 0.5
         (plan.differs if is_exact else plan.folded).append(
             f"The queries hold sqrt({config.head_dim}), since `jais` divides scores by head_dim."
         )
@@ -170,11 +174,13 @@ def _rules(architecture: Architecture, config: AlibiGPTConfig) -> list[Rule]:
         rules += renames(SPLIT)
     else:
         factor = math.sqrt(config.head_dim) if architecture.name == "jais" else 1.0
-        fold = scaled(factor)  # of the first of three: the queries
+        # Multiplies the first of three: the queries.
+        fold = scaled(factor)
         rules.append(Rule((FUSED,), QKV, back=lambda weights: joined(fold(weights))))
     if not config.tie_word_embeddings:
         rules.append(Rule(("output",), ("lm_head",)))
-    elif architecture.name == "jais":  # which has no shared head
+    elif architecture.name == "jais":
+        # There, the head is always a matrix of its own.
         rules.append(Rule(("output",), ("model.embed_tokens",)))
     return rules
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # `llama_token_type`
+# The values of `llama_token_type`.
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 BYTES = GPT2 | {"use_regex": False}
 DIGITS = {"type": "Digits", "individual_digits": True}
@@ -24,12 +25,13 @@ BLOOM = {
     "invert": False,
 }
 PRE_TOKENIZERS = {"gpt-2": [GPT2], "bloom": [BLOOM, BYTES], "starcoder": [DIGITS, GPT2]}
-# llama.cpp ends a text at these, whatever the file says.
+# llama.cpp ends a text at tokens with these texts, whatever the file says.
 ENDS = {
     "</s>", "<EOT>", "<end_of_turn>", "<end_of_utterance>", "<eos>", "<|call|>", "<|end_of_text|>", "<|end|>",
     "<|endoftext|>", "<|eom_id|>", "<|eot_id|>", "<|fim_pad|>", "<|im_end|>", "<|return|>", "[EOS]", "[EOT]",
 }  # fmt: skip
-END_KEYS = ("eos", "eot", "eom")  # tokens that end a text, a turn and a message: one for each there
+# llama.cpp knows one token that ends a text, one that ends a turn, and one that ends a message.
+END_KEYS = ("eos", "eot", "eom")
 
 
 def tokenizer_metadata(
