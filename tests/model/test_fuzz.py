@@ -195,7 +195,7 @@ def read_in_steps(case: Case, model: AlibiGPTForCausalLM, batch: Batch, compare_
             try:
                 logits.append(read(tokens))
             except ValueError as error:
-                if case.needs_lost_keys and "needs keys that the windowed cache has let" in str(error):
+                if case.needs_lost_keys and "needs keys that the windowed cache no longer" in str(error):
                     return
                 raise
             done += what
