@@ -69,7 +69,7 @@ def test_both_names_at_once_are_refused(make_model: ModelFactory) -> None:
 @BOTH_NAMES
 def test_a_cache_of_no_known_kind_is_refused_by_name(make_model: ModelFactory, name: str) -> None:
     with pytest.raises(
-        ValueError, match="The cache is a tuple, which no attention here can read; pass a DynamicCache"
+        ValueError, match="The cache is a tuple, which no attention backend can read; pass a DynamicCache"
     ):
         make_model()(tokens(), **{name: ((torch.zeros(1, 6, 3, 16),) * 2,) * 2})
 
