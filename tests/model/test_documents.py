@@ -314,7 +314,7 @@ UNFIT: dict[str, tuple[dict[str, Any], str]] = {
     "mask-as-a-list": ({"attention_mask": [[1] * LENGTH]}, "attention_mask must be a tensor.*not a list"),
     "mask-as-a-dict": ({"attention_mask": {"full_attention": None}}, "not a dict"),
     "mask-below-0": ({"attention_mask": torch.ones(1, LENGTH).index_fill(1, torch.tensor([0]), -1e4)}, "holds -10000"),
-    "mask-of-halves": ({"attention_mask": torch.full((1, LENGTH), 0.5)}, r"this one holds 0\.5"),
+    "mask-of-halves": ({"attention_mask": torch.full((1, LENGTH), 0.5)}, r"this one contains 0\.5"),
     "mask-with-three-dimensions": ({"attention_mask": torch.ones(1, LENGTH, LENGTH)}, r"it must be \[1, tokens\]"),
     "mask-of-too-many-heads": ({"attention_mask": torch.ones(1, 2, LENGTH, LENGTH).bool()}, "1 or 6 heads"),
     "mask-of-too-many-texts": ({"attention_mask": torch.ones(2, 1, LENGTH, LENGTH).bool()}, "1 or 1 texts"),
@@ -600,7 +600,7 @@ def test_positions_that_a_cache_does_not_have_are_refused_with_a_mask_of_four_di
     cache = cached(model)
     mask = torch.ones(1, 1, 2, LENGTH + 2, dtype=torch.bool).tril(LENGTH)
     for start in (LENGTH - 5, LENGTH + 1):
-        with pytest.raises(ValueError, match="position_ids must go on from 17"):
+        with pytest.raises(ValueError, match="position_ids must continue at 17"):
             model(
                 tokens(1, 2),
                 attention_mask=mask,
