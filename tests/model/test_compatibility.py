@@ -203,7 +203,7 @@ def test_a_version_newer_than_any_tried_is_warned_of_once(
     make_model(), make_model()
     (record,) = [record for record in caplog.records if record.name == versions.__name__]
     newest = versions.TRIED_VERSIONS[package.__name__][-1]
-    assert f"tried with {package.__name__} up to {newest}, and {version} is installed" in record.getMessage()
+    assert f"tested with {package.__name__} up to {newest}, but {version} is installed" in record.getMessage()
     assert "hf_alibi refresh" in record.getMessage()
 
 

@@ -265,7 +265,7 @@ def test_passes_that_leave_open_what_they_continue_are_refused(make_model: Model
 CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "positions-and-seq-idx": (
         {"position_ids": positions([9, 8], 0), "seq_idx": numbers([8, 9])},
-        r"seq_idx and position_ids contradict each other: .*token 8 in row 0 begins at token 8.*by the other at 0",
+        r"seq_idx and position_ids contradict.*token 8 in row 0 begins at token 8 by seq_idx, but at token 0 by position_ids",
     ),
     "one-document-and-two": (
         {"position_ids": torch.arange(LENGTH)[None], "attention_mask": numbers([8, 9], 1)},
@@ -281,8 +281,8 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
         r"cu_seq_lens_q=\[0, 9, 17\] and cu_seq_lens_k=\[0, 8, 17\] contradict each other",
     ),
     "longest": ({**bounds([9, 8]), "max_length_k": 8}, "max_length_k=8 contradicts cu_seq_lens_k: .* has 9 tokens"),
-    "a-document-in-two-pieces": ({"attention_mask": torch.tensor([[1] * 8 + [2] * 8 + [1]])}, "lie apart"),
-    "seq-idx-in-two-pieces": ({"seq_idx": torch.arange(LENGTH)[None] // 4 % 2}, "seq_idx numbers .* lie apart"),
+    "a-document-in-two-pieces": ({"attention_mask": torch.tensor([[1] * 8 + [2] * 8 + [1]])}, "must be contiguous"),
+    "seq-idx-in-two-pieces": ({"seq_idx": torch.arange(LENGTH)[None] // 4 % 2}, "seq_idx has .* must be contiguous"),
     "four-dimensions": (
         {"attention_mask": torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool), "seq_idx": numbers([8, 9])},
         "leave out seq_idx",
@@ -298,11 +298,11 @@ def test_contradictions_are_refused(make_model: ModelFactory, arguments: dict[st
 
 UNFIT: dict[str, tuple[dict[str, Any], str]] = {
     "lengths-too-short": (bounds([9, 7]), r"cu_seq_lens_q=\[0, 9, 16\] must rise from 0 to 17"),
-    "lengths-of-queries-only": ({"cu_seq_lens_q": bounds([9, 8])["cu_seq_lens_q"]}, "belong together"),
+    "lengths-of-queries-only": ({"cu_seq_lens_q": bounds([9, 8])["cu_seq_lens_q"]}, "Only one of cu_seq_lens_q and"),
     "lengths-as-a-list": ({"cu_seq_lens_q": [0, 17], "cu_seq_lens_k": [0, 17]}, "must be a tensor of integers"),
-    "longest-only": ({"max_length_q": 9}, "say nothing without cu_seq_lens_q"),
+    "longest-only": ({"max_length_q": 9}, "need cu_seq_lens_q"),
     "seq-idx-too-short": ({"seq_idx": numbers([9, 7])}, "seq_idx covers 16 tokens"),
-    "seq-idx-below-0": ({"seq_idx": numbers([9, 8]) - 1}, "must number documents from 0"),
+    "seq-idx-below-0": ({"seq_idx": numbers([9, 8]) - 1}, "seq_idx must not be negative"),
     "seq-idx-in-float": ({"seq_idx": numbers([9, 8]).float()}, r"must be a tensor of integers \[1 or 1, tokens\]"),
     "positions-without-batch": ({"position_ids": torch.arange(LENGTH)}, "position_ids must be a tensor of integers"),
     "positions-in-three-rows": ({"position_ids": positions([17], 0).repeat(3, 1)}, "position_ids must be a tensor"),
