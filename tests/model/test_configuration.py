@@ -81,7 +81,7 @@ def test_its_first_name_is_still_understood(tmp_path: Path) -> None:
 
 
 def test_two_training_lengths_are_refused() -> None:
-    message = "training_length is 512, but max_position_embeddings, its first name, is 256"
+    message = "training_length is 512, but max_position_embeddings, its former name, is 256"
     with pytest.raises(ValueError, match=message):
         AlibiGPTConfig(training_length=512, max_position_embeddings=256)
     with pytest.raises(ValueError, match=message):
@@ -129,7 +129,7 @@ def test_an_unknown_field_is_named_with_the_nearest_real_one(config_class: type,
 
 
 def test_fields_of_other_models_are_named() -> None:
-    with pytest.warns(UserWarning, match=r"has no field attn_config, rope_theta: given, but without effect"):
+    with pytest.warns(UserWarning, match=r"has no field attn_config, rope_theta. It has no effect"):
         AlibiGPTConfig(rope_theta=1e4, attn_config={"alibi": True})
 
 
@@ -191,7 +191,7 @@ def test_what_is_saved_loads_without_a_warning(make_model: ModelFactory, tmp_pat
         ({"alibi_max_bias": 150}, "alibi_max_bias=150 and 8 heads give slopes from 7"),
         ({"alibi_max_bias": math.inf}, "alibi_max_bias must be positive and finite, got inf"),
         ({"alibi_max_bias": math.nan}, "alibi_max_bias must be positive and finite, got nan"),
-        ({"alibi_scaling": {"type": "linear", "factor": 1e38}}, r"0.00390625 to 0.5, to be divided by 1e\+38"),
+        ({"alibi_scaling": {"type": "linear", "factor": 1e38}}, r"0.00390625 to 0.5, which are divided by 1e\+38"),
     ],
 )
 def test_slopes_that_float32_cannot_hold_are_refused(values: dict, message: str, trainable: bool) -> None:

@@ -179,7 +179,7 @@ def test_what_it_cannot_do_is_refused() -> None:
     module = SimpleNamespace(config=AlibiGPTConfig())
     inputs = states(6, 6, 5, 5, dtype=torch.float32)
     layout = layout_of(6, 2, 5)
-    with pytest.raises(ValueError, match=r"no dropout, got attention_dropout=0\.1; use 0, or sdpa"):
+    with pytest.raises(ValueError, match=r"no dropout, got attention_dropout=0\.1; set it to 0, or use sdpa"):
         flex_attention_forward(module, *inputs, layout, SCALING, dropout=0.1)
     with pytest.raises(ValueError, match=r"no kernel for torch\.float64; use sdpa or eager"):
         flex_attention_forward(module, *(x.double() for x in inputs), layout, SCALING)
