@@ -58,7 +58,7 @@ def check_windowed_cache(decoder: Any, cache: WindowedCache) -> None:
     if now is None or not torch.equal(now, cache.made_for[: len(now)].to(now)):
         raise ValueError(
             "This WindowedCache was made for other slopes or other norms of queries and keys: weights have changed "
-            "since, or an adapter, a hook or sharding has been added. Its windows may now be too narrow; call "
+            "since, or an adapter, a hook or sharding has been added. Its windows may be too narrow now; call "
             "model.windowed_cache() again, or pass a DynamicCache."
         )
 

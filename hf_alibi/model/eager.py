@@ -1,4 +1,4 @@
-"""Attention by the formula, the reference for every other backend:
+"""Attention by the formula, the reference for every other backend.
 
     softmax(q k^T scaling - m |i - j|) v
 

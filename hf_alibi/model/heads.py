@@ -273,8 +273,8 @@ def _shown(attention_mask: Tensor, past: int, hidden_states: Tensor) -> Tensor:
     """Returns which tokens of this pass, after `past` cached ones, the mask shows, `[batch, tokens]`."""
     if attention_mask.dim() != 2:
         raise ValueError(
-            f"The attention mask has shape {tuple(attention_mask.shape)}; to find the last token of each text, it must "
-            "be [batch, tokens]."
+            f"The attention mask has shape {tuple(attention_mask.shape)}; to find the last token of each text, it "
+            "must be [batch, tokens]."
         )
     batch, length = hidden_states.shape[:2]
     shown = attention_mask.to(hidden_states.device)[:, past : past + length] != 0

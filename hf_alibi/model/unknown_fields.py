@@ -80,7 +80,8 @@ def warn_of_unknown_fields(config_class: type, given: Iterable[str]) -> None:
     nearest = {name: nearest_field(config_class, name) for name in unknown}
     hints = [f"{name} (did you mean {field}?)" if field else name for name, field in nearest.items()]
     warnings.warn(
-        f"{config_class.__name__} has no field {', '.join(hints)}. It has no effect; correct it or leave it out.",
+        f"{config_class.__name__} has no field {', '.join(hints)}. "
+        "Unknown fields have no effect; correct or remove them.",
         UserWarning,
         stacklevel=2,
     )

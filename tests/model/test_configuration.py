@@ -129,7 +129,7 @@ def test_an_unknown_field_is_named_with_the_nearest_real_one(config_class: type,
 
 
 def test_fields_of_other_models_are_named() -> None:
-    with pytest.warns(UserWarning, match=r"has no field attn_config, rope_theta. It has no effect"):
+    with pytest.warns(UserWarning, match=r"has no field attn_config, rope_theta. Unknown fields have no effect"):
         AlibiGPTConfig(rope_theta=1e4, attn_config={"alibi": True})
 
 

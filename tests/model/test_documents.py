@@ -265,7 +265,7 @@ def test_passes_that_leave_open_what_they_continue_are_refused(make_model: Model
 CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "positions-and-seq-idx": (
         {"position_ids": positions([9, 8], 0), "seq_idx": numbers([8, 9])},
-        r"seq_idx and position_ids contradict.*token 8 in row 0 begins at token 8 by seq_idx, but at token 0 by position_ids",
+        r"seq_idx and position_ids contradict.*row 0 begins at token 8 by seq_idx, but at token 0 by position_ids",
     ),
     "one-document-and-two": (
         {"position_ids": torch.arange(LENGTH)[None], "attention_mask": numbers([8, 9], 1)},
@@ -318,7 +318,7 @@ UNFIT: dict[str, tuple[dict[str, Any], str]] = {
     "mask-with-three-dimensions": ({"attention_mask": torch.ones(1, LENGTH, LENGTH)}, r"it must be \[1, tokens\]"),
     "mask-of-too-many-heads": ({"attention_mask": torch.ones(1, 2, LENGTH, LENGTH).bool()}, "1 or 6 heads"),
     "mask-of-too-many-texts": ({"attention_mask": torch.ones(2, 1, LENGTH, LENGTH).bool()}, "1 or 1 texts"),
-    "float-mask-of-ones": ({"attention_mask": torch.ones(1, 1, LENGTH, LENGTH).tril()}, "make it boolean"),
+    "float-mask-of-ones": ({"attention_mask": torch.ones(1, 1, LENGTH, LENGTH).tril()}, "Make it boolean"),
     "kinds-of-tokens": (
         {"token_type_ids": torch.ones(1, LENGTH, dtype=torch.long)},
         "token_type_ids must be all zero",
