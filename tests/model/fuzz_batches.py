@@ -1,4 +1,4 @@
-"""The batch of a fuzzed case: who sees whom, how the model is told, and what a plain reading of that gives."""
+"""The batch of a fuzzed case: its documents, the arguments that describe them, and the logits of a plain model."""
 
 from typing import Any
 

@@ -1,8 +1,7 @@
 """Every attention implementation against the float64 oracle: forward, gradients, padding, packing, masks.
 
-A tolerance is never a matter of taste: it is a small multiple of the error that the textbook
-implementation (a stored relative bias, PyTorch's plain operations) makes in the same dtype on the same
-input.
+A tolerance is a small multiple of the error that the textbook implementation (a stored relative bias, PyTorch's plain
+operations) makes in the same dtype on the same input.
 """
 
 import math
@@ -50,7 +49,7 @@ def attend(backend: str, query: Tensor, key: Tensor, value: Tensor, layout: Toke
 
 
 def textbook(query: Tensor, key: Tensor, value: Tensor, slopes: list[float]) -> Tensor:
-    """Dense relative bias and plain operations, all in the dtype of the queries."""
+    """Computes attention with a stored relative bias and plain operations, all in the dtype of the queries."""
     groups = query.shape[1] // key.shape[1]
     i = torch.arange(query.shape[2])
     bias = -torch.tensor(slopes)[:, None, None] * (i[:, None] - i)
@@ -99,7 +98,7 @@ def test_gradients_of_trainable_slopes_equal_the_oracle(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d).split(".")[1])
 def test_gradients_of_trainable_slopes_are_as_accurate_as_those_of_eager_in_16_bits(dtype: torch.dtype) -> None:
-    """Positions beyond 256 have no place in bfloat16, nor has a sum in which they cancel."""
+    """bfloat16 can represent neither positions beyond 256 nor a sum in which large terms cancel."""
     heads, length = 6, 1100
     inputs = states(heads, heads, length, length, dtype=dtype)
     slopes = torch.tensor(alibi_slopes(heads), requires_grad=True)
@@ -116,7 +115,7 @@ def test_gradients_of_trainable_slopes_are_as_accurate_as_those_of_eager_in_16_b
 
 
 def test_gradients_of_trainable_slopes_are_as_exact_in_long_texts() -> None:
-    """Far keys, of which a steep head sees nothing, leave no rounding behind."""
+    """Distant keys that a steep head does not see add no rounding error."""
     heads, length = 6, 1500
     inputs = states(heads, heads, length, length, batch=1, dtype=torch.float32)
     slopes = torch.tensor(alibi_slopes(heads), requires_grad=True)
@@ -125,7 +124,8 @@ def test_gradients_of_trainable_slopes_are_as_exact_in_long_texts() -> None:
     outputs = [oracle.attention(*inputs, true_slopes, SCALING)]
     outputs += [attend(backend, *inputs, layout) for backend in BACKENDS]
     errors = []
-    for _ in range(3):  # a single error can be small by chance
+    # A single error can be small by chance.
+    for _ in range(3):
         direction = torch.randn_like(outputs[0])
         true, *gradients = (
             torch.stack(torch.autograd.grad((output * direction).sum(), true_slopes, retain_graph=True))

@@ -1,4 +1,4 @@
-"""What a config answers to tools, which names it knows, and which slopes it refuses."""
+"""The config: lengths that tools read from it, fields that it knows, and slopes that it refuses."""
 
 import json
 import math
@@ -19,11 +19,11 @@ from hf_alibi.positions.sinusoidal import SinusoidalGPTConfig
 FIRST_RELEASE = Path(__file__).parents[1] / "fixtures" / "first-release"
 
 
-# What tools look up, in their order, written anew from their sources.
+# These functions look up lengths as the tools do, in the same order.
 
 
 def evaluation_harness(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """`HFLM.max_length` of lm-evaluation-harness; lighteval and others do the same."""
+    """Returns the length that `HFLM.max_length` of lm-evaluation-harness finds. lighteval and others do the same."""
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
         if hasattr(config, name):
             return getattr(config, name)
@@ -31,12 +31,12 @@ def evaluation_harness(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def embedding_library(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """`max_seq_length` of sentence-transformers."""
+    """Returns the length that `max_seq_length` of sentence-transformers finds."""
     return min(config.max_position_embeddings, tokenizer.model_max_length)
 
 
 def context_window(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """`HuggingFaceLLM` of llama-index, of which 3,900 tokens are asked: a smaller limit in the config wins."""
+    """Returns the length that `HuggingFaceLLM` of llama-index finds: 3,900, or a smaller one in the config."""
     return min(int(config.to_dict().get("max_position_embeddings", 3900)), 3900)
 
 
@@ -147,7 +147,7 @@ def test_an_unknown_override_of_a_saved_config_is_named() -> None:
         AutoModelForCausalLM.from_pretrained(FIRST_RELEASE / "qk-norm", hiden_size=3)
 
 
-# Warnings are errors in tests, so these assert that there is none.
+# Warnings are errors in tests, so these tests fail if there is a warning.
 
 
 @pytest.mark.parametrize(

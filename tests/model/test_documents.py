@@ -1,6 +1,6 @@
-"""Who sees whom: every way to say where documents end, in every backend, with and without a cache.
+"""Documents in a row: every way to describe them, in every backend, with and without a cache.
 
-The reference is each document run alone. Weights are large, so that a token that sees another document shows it.
+The reference is each document alone. Weights are large, so that a token which sees another document changes visibly.
 """
 
 import shutil
@@ -42,7 +42,7 @@ no_grad = torch.no_grad()
 
 @pytest.fixture
 def model_of(make_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], AlibiGPTForCausalLM]:
-    """A model with that backend; FlashAttention with the kernels of its tests, whose package is not needed then."""
+    """Returns a model with this backend. FlashAttention gets the kernels of its tests and needs no package."""
 
     def make(backend: str) -> AlibiGPTForCausalLM:
         model = make_model(num_attention_heads=4, hidden_size=64)
@@ -57,7 +57,7 @@ def model_of(make_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> Calla
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
-    """To the rounding of the model's dtype, through two layers."""
+    """Asserts equality up to the rounding of the model's dtype in two layers."""
     tolerance = 0.03 if expected.dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * expected.abs().max().item())
 
@@ -67,7 +67,7 @@ def tokens(batch: int = 1, length: int = LENGTH) -> Tensor:
 
 
 def alone(model: AlibiGPTForCausalLM, input_ids: Tensor, sizes: list[int]) -> Tensor:
-    """The logits of each document by itself, `[1, tokens, vocab_size]`."""
+    """Returns the logits of each document alone, `[1, tokens, vocab_size]`."""
     return torch.cat([model(piece, use_cache=False).logits for piece in input_ids.split(sizes, 1)], 1)
 
 
@@ -76,12 +76,12 @@ def numbers(sizes: list[int], start: int = 0) -> Tensor:
 
 
 def positions(sizes: list[int], *starts: int) -> Tensor:
-    """Positions of documents that begin at `starts`, over and over."""
+    """Returns the positions of documents that begin at `starts` in turn."""
     return torch.cat([torch.arange(size) + starts[i % len(starts)] for i, size in enumerate(sizes)])[None]
 
 
 def bounds(sizes: list[int], past: int = 0) -> dict[str, Any]:
-    """Cumulative lengths, of which the first `past` tokens are cached."""
+    """Returns cumulative lengths. The first `past` tokens are cached."""
     of_keys = torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     of_queries = (of_keys - past).clamp(min=0)
     longest = {"max_length_q": int(of_queries.diff().max()), "max_length_k": max(sizes)}
@@ -116,7 +116,7 @@ each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 
 
 def part(arguments: dict[str, Any], sizes: list[int], start: int, end: int) -> dict[str, Any]:
-    """The arguments of a pass over the tokens from `start` to `end`, those before being in the cache."""
+    """Returns the arguments of a pass over the tokens from `start` to `end`. Earlier tokens are cached."""
     result = {}
     for name, value in arguments.items():
         if name == "position_ids":
@@ -169,7 +169,7 @@ ROWS = [[5, 1, 4, 7], [12], [2, 2, 2]]
 
 
 def padded(side: str) -> tuple[Tensor, list[slice], dict[str, dict[str, Any]]]:
-    """Three rows of documents with padding: tokens, where they are real, and the ways to say it."""
+    """Three rows of documents with padding: tokens, a mask of real tokens, and the ways to describe them."""
     real = []
     ways: dict[str, list[Tensor]] = {"mask": [], "ones": [], "numbers": [], "positions": []}
     for sizes in ROWS:
@@ -220,7 +220,7 @@ def cached(model: AlibiGPTForCausalLM, **arguments: Any) -> DynamicCache:
 
 @no_grad
 def test_a_cache_remembers_with_which_position_its_last_document_begins(make_model: ModelFactory) -> None:
-    """A position alone cannot tell how far back a document reaches that did not begin at 0."""
+    """A position alone does not show how far back a document reaches that did not begin at 0."""
     model, more = make_model(), tokens(1, 3)
     expected = model(torch.cat([tokens()[:, -7:], more], 1)).logits[:, -3:]
     for start in (0, 2, 30):
@@ -496,7 +496,7 @@ def right_padded() -> tuple[Tensor, Tensor]:
 @each_backend
 @no_grad
 def test_padding_before_a_token_sees_the_text_before_it(model_of: Any, backend: str) -> None:
-    """Where candidates follow padding, the next token is predicted there: as the text with one pad gives it."""
+    """If candidates follow padding, the last padding predicts their first token, as one padding token would."""
     model, (input_ids, mask) = model_of(backend), right_padded()
     candidates = tokens(3, 3)
     whole = torch.cat([input_ids, candidates], 1)
@@ -575,7 +575,7 @@ def test_a_mask_of_any_dtype_hides_padding_anywhere_and_whole_rows(
 def test_a_mask_with_four_dimensions(
     model_of: Any, backend: str, static: bool, kind: str, shape: tuple[int, int]
 ) -> None:
-    """It separates two documents, and in part of the cases the pass is the second with a cache."""
+    """It separates two documents. In some cases the pass is the second one with a cache."""
     model, input_ids, sizes = model_of(backend), tokens(2), [9, 8]
     expected = torch.cat([model(piece, use_cache=False).logits for piece in input_ids.split(sizes, 1)], 1)
     number = numbers(sizes)[0]

@@ -1,4 +1,4 @@
-"""FlexAttention on the CPU against the float64 oracle; `test_gpu.py` has what needs a GPU.
+"""FlexAttention on the CPU against the float64 oracle. `test_gpu.py` has the tests that need a GPU.
 
 The kernels are compiled here, which takes some ten seconds for each kind of input, and less where PyTorch finds
 them in its cache. Beyond the most common kinds, tests are therefore marked slow.
@@ -22,14 +22,14 @@ from hf_alibi.model import flex
 from hf_alibi.model.flex import flex_attention_forward
 from hf_alibi.model.layout import TokenLayout
 
-# PyTorch's compiler imports a module that uses what PyTorch has deprecated.
+# PyTorch's compiler imports a module that uses deprecated functions of PyTorch.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 compiles = pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention on the CPU needs a C++ compiler")
 no_grad = torch.no_grad()
 
 
 def assert_as_accurate_as_eager(inputs: tuple[Tensor, ...], layout: TokenLayout, visible: Tensor | None) -> None:
-    """In float32, with an eager that stores a dense relative bias; only rows that see something count."""
+    """Compares in float32 with attention with a stored relative bias. Ignores rows that see nothing."""
     expected = oracle.attention(*inputs, oracle.paper_slopes(inputs[0].shape[1]), SCALING, visible)
     rows = expected.abs().sum((1, 3)) > 0  # [batch, queries]
     error, allowed = (
@@ -98,13 +98,13 @@ def test_packed_documents_do_not_see_each_other(position_ids: Tensor) -> None:
 
 
 def dense(blocks: Tensor, queries: int, keys: int) -> Tensor:
-    """`[batch, heads, rows, columns]` of blocks, as `[batch, heads, queries, keys]`."""
+    """Expands blocks `[batch, heads, rows, columns]` to `[batch, heads, queries, keys]`."""
     repeated = blocks.repeat_interleave(flex.BLOCK, 2).repeat_interleave(flex.BLOCK, 3)
     return repeated[:, :, :queries, :keys].bool()
 
 
 def listed(counts: Tensor, indices: Tensor) -> Tensor:
-    """The blocks in a list, as booleans `[batch, heads, rows, columns]`."""
+    """Returns the listed blocks as booleans `[batch, heads, rows, columns]`."""
     flags = torch.zeros_like(indices, dtype=torch.bool)
     return flags.scatter(-1, indices.long(), torch.arange(indices.shape[-1]) < counts[..., None])
 
@@ -284,7 +284,7 @@ def test_a_model_gives_the_logits_of_eager_with_every_cache(make_model: ModelFac
 
 @no_grad
 def test_a_compiled_model_has_no_graph_break(make_model: ModelFactory) -> None:
-    """Traced only: within a compiled model, PyTorch generates no code for FlexAttention on the CPU."""
+    """It is only traced, because PyTorch cannot generate code for FlexAttention in a compiled model on the CPU."""
     model = make_model()
     input_ids = torch.randint(3, 97, (2, 160))
     model.set_attn_implementation("eager")

@@ -1,6 +1,6 @@
 """All attention implementations on a CUDA device, against the float64 oracle on the CPU: `pytest -m gpu`.
 
-FlashAttention 2 takes part if the package `flash-attn` or `kernels` is installed. A tolerance is a small multiple
+FlashAttention 2 is tested if the package `flash-attn` or `kernels` is installed. A tolerance is a small multiple
 of the error that a stored relative bias and PyTorch's plain operations make in the same dtype on the same device.
 """
 
@@ -29,7 +29,7 @@ with_flash = pytest.mark.skipif(
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    # PyTorch's compiler imports a module that uses what PyTorch has deprecated.
+    # PyTorch's compiler imports a module that uses deprecated functions of PyTorch.
     pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
 ]
 each_backend = pytest.mark.parametrize(
@@ -38,7 +38,7 @@ each_backend = pytest.mark.parametrize(
 
 
 def states(heads: int, kv_heads: int, queries: int, keys: int, dtype: torch.dtype, batch: int = 2) -> list[Tensor]:
-    """Queries, keys and values that need gradients."""
+    """Returns queries, keys and values that need gradients."""
     torch.manual_seed(queries + keys)
     query = 2 * torch.randn(batch, heads, queries, HEAD_DIM)
     key, value = (torch.randn(batch, kv_heads, keys, HEAD_DIM) for _ in range(2))
@@ -54,7 +54,7 @@ def attend(backend: str, inputs: list[Tensor], layout: TokenLayout, tolerance: f
 
 
 def textbook(inputs: list[Tensor], visible: Tensor | None) -> Tensor:
-    """A stored relative bias and plain operations, all in the dtype of the queries."""
+    """Computes attention with a stored relative bias and plain operations, all in the dtype of the queries."""
     query, key, value = inputs
     groups = query.shape[1] // key.shape[1]
     keys = torch.arange(key.shape[2], device=DEVICE)
@@ -72,7 +72,7 @@ def textbook(inputs: list[Tensor], visible: Tensor | None) -> Tensor:
 def assert_as_accurate_as_textbook(
     output: Tensor, inputs: list[Tensor], visible: Tensor | None = None, rows: Tensor | None = None
 ) -> None:
-    """Forward and gradients, of the queries `rows` `[batch, queries]`, or of all."""
+    """Compares outputs and gradients for the queries `rows`, `[batch, queries]`, or for all."""
     dtype = inputs[0].dtype
     exact_inputs = [x.detach().cpu().double().requires_grad_() for x in inputs]
     exact = oracle.attention(*exact_inputs, oracle.paper_slopes(inputs[0].shape[1]), SCALING, visible)
