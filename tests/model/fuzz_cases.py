@@ -9,11 +9,13 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-Run = tuple[int, int]  # a document, counted from 1, or 0 for padding; and how many tokens of it
+# The number of a document, from 1, or 0 for padding; and its number of tokens.
+Run = tuple[int, int]
 Step = tuple[Any, ...]
 
 HEADS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 20]
-LONG = (1025, 1300)  # tokens: windows set in above 1,024
+# Numbers of tokens in long texts. Up to 1,024 tokens, windows are ignored.
+LONG = (1025, 1300)
 SHAPES = ["whole", "left", "right", "both sides", "holes", "packed", "packed and padded"]
 # All ways to describe a batch: with one document per row, with any documents, with documents but no padding.
 ONE_DOCUMENT = ["mask", "boolean mask", "float mask"]
@@ -33,7 +35,8 @@ WITHOUT_PADDING = [
     "cumulative lengths and positions",
 ]
 CAUSAL_MASKS = ["4D boolean", "4D lowest", "4D infinite", "4D by head", "4D numbers"]
-ALL_AT_ONCE = ["4D with positions", "4D future"]  # not with a cache
+# These work without a cache only.
+ALL_AT_ONCE = ["4D with positions", "4D future"]
 FOUR_DIMENSIONS = CAUSAL_MASKS + ALL_AT_ONCE
 
 
@@ -192,7 +195,8 @@ def _encodings(rows: list[list[Run]], cache: str | None) -> list[str]:
         found += WITHOUT_PADDING
     if not is_packed and not is_padded:
         found.append("nothing")
-    if not has_holes:  # in a mask of queries times keys, a hole has a length
+    # In a mask of queries times keys, holes count as distance.
+    if not has_holes:
         found += CAUSAL_MASKS if cache else FOUR_DIMENSIONS
     return found
 

@@ -90,7 +90,8 @@ def test_gradients_of_trainable_slopes_equal_the_oracle(
     true_slopes = [slope.clone().detach().requires_grad_() for slope in slopes]
     expected = oracle.attention(*inputs, true_slopes, SCALING, visible)
     direction = torch.randn_like(expected)
-    direction[:, :, :2] = 0  # rows of padding
+    # The first two rows are padding.
+    direction[:, :, :2] = 0
     (gradient,) = torch.autograd.grad(output, slopes, direction)
     true = torch.stack(torch.autograd.grad(expected, true_slopes, direction))
     torch.testing.assert_close(gradient, true, rtol=1e-10, atol=1e-9)
@@ -166,7 +167,8 @@ def test_every_row_is_as_accurate_as_a_dense_relative_bias(backend: str, dtype: 
     error = (attend(backend, query, key, value, layout) - expected).abs().amax((0, 1, 3))
     allowed = (textbook(query, key, value, oracle.paper_slopes(heads)) - expected).abs().amax((0, 1, 3))
     factor = 2.0 if dtype == torch.float32 else 1.2
-    for rows in torch.arange(length).chunk(16):  # not the last rows alone, and not the worst row for all
+    # Compares within groups of rows. A maximum over all rows would only test the least accurate ones.
+    for rows in torch.arange(length).chunk(16):
         assert error[rows].max() <= factor * allowed[rows].max()
 
 
@@ -217,7 +219,8 @@ def test_packed_documents_do_not_see_each_other(backend: str, with_mask: bool, d
     heads, length = 12, 63
     inputs = [x.requires_grad_() for x in states(heads, heads, length, length, batch=2)]
     position_ids = torch.cat([torch.arange(n) for n in documents])[None].repeat(2, 1)
-    position_ids[1] = torch.cat([torch.arange(40), torch.arange(23)])  # each row has its own documents
+    # Each row has different documents.
+    position_ids[1] = torch.cat([torch.arange(40), torch.arange(23)])
     mask = torch.ones(2, length) if with_mask else None
     output = attend(backend, *inputs, layout_of(heads, 2, length, mask, position_ids))
     document = (position_ids == 0).cumsum(1)

@@ -145,7 +145,8 @@ def test_held_keys_are_few_and_constant(make_model: ModelFactory) -> None:
 
 
 def test_short_texts_are_held_as_a_whole(make_model: ModelFactory) -> None:
-    model = make_model()  # the paper's slopes: nothing of 150 tokens can be let go but by the steepest heads
+    # With the paper's slopes, only the steepest heads can drop any of 150 keys.
+    model = make_model()
     past = windowed(model)
     in_steps(model, tokens(), [100, 50], past)
     assert past.layers[0].keys.shape == (2, 6, LENGTH, 16)
@@ -226,7 +227,8 @@ def test_taking_back_everything_leaves_an_empty_cache(make_model: ModelFactory, 
     """As with a DynamicCache, even if keys have been dropped. The batch size may then change."""
     model = make_model(**SHAPES["4-heads"])
     past, plain = windowed(model), DynamicCache(config=model.config)
-    past.crop(-3)  # nothing to take back yet, at which the DynamicCache of Transformers 5.19 fails
+    # There is no token to remove yet. The DynamicCache of Transformers 5.19 fails here.
+    past.crop(-3)
     for either in (past, plain):
         in_steps(model, tokens(), [prompt], either)
         either.crop(-taken)
@@ -324,7 +326,8 @@ def test_padding_in_between_is_refused_only_if_it_needs_keys_that_are_gone(make_
     with pytest.raises(ValueError, match="cache_implementation='dynamic'"):
         in_steps(model, input_ids, [110, 30, 10], windowed(model), mask)
     mask = torch.ones_like(input_ids)
-    mask[:, 110:112] = 0  # as much as the rings can spare
+    # The rings have as many spare slots.
+    mask[:, 110:112] = 0
     logits = in_steps(model, input_ids, [105] + [1] * 45, windowed(model), mask)
     with torch.no_grad():
         expected = model(input_ids, attention_mask=mask, use_cache=False).logits

@@ -78,7 +78,8 @@ def test_outputs_hold_the_cache_under_the_name_in_use(make_model: ModelFactory) 
     for model in (make_model(), make_model().model):
         outputs = model(tokens())
         assert isinstance(outputs[CACHE_NAME], DynamicCache)
-        assert outputs.past_key_values is outputs[CACHE_NAME]  # the name of before, which Transformers still knows
+        # Transformers still accepts the old name.
+        assert outputs.past_key_values is outputs[CACHE_NAME]
     assert CACHE_NAME in inspect.signature(BaseModelOutputWithPast).parameters
 
 

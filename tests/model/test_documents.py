@@ -31,7 +31,8 @@ LENGTH = sum(SIZES)
 flex = pytest.param(
     "flex_attention",
     marks=[
-        pytest.mark.slow,  # its kernels are compiled
+        # It is slow because kernels are compiled.
+        pytest.mark.slow,
         pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention on the CPU needs a C++ compiler"),
         pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
     ],
@@ -425,14 +426,16 @@ def test_trainer_gets_the_same_loss_from_every_way(make_model: ModelFactory, tmp
 def test_generation_goes_on_in_the_last_document(make_model: ModelFactory, way: Callable, settings: dict) -> None:
     model = make_model()
     if way is WAYS["seq-idx-and-positions-that-jump"]:
-        with pytest.raises(ValueError, match="position_ids jump to 50"):  # `generate` passes on positions alone
+        # `generate` passes only positions on.
+        with pytest.raises(ValueError, match="position_ids jump to 50"):
             model.generate(tokens(), max_new_tokens=1, **way(SIZES))
         return
     settings = {"max_new_tokens": 12, "do_sample": False, **settings}
     expected = model.generate(tokens()[:, -7:], **settings)[0, 7:]
     for cache_implementation in (None, "dynamic", "static"):
         if cache_implementation == "static" and "prompt_lookup_num_tokens" in settings:
-            continue  # Transformers refuses it
+            # Transformers refuses this combination.
+            continue
         chosen = {} if settings.get("use_cache") is False else {"cache_implementation": cache_implementation}
         found = model.generate(tokens(), **settings, **chosen, **way(SIZES))
         assert torch.equal(found[0, LENGTH:], expected)
@@ -446,7 +449,8 @@ def test_generation_with_documents_and_padding(make_model: ModelFactory, side: s
     for row, sizes in enumerate(ROWS):
         start = real[row].stop - sizes[-1]
         mask = torch.ones(1, LENGTH - start, dtype=torch.long)
-        mask[:, sizes[-1] :] = 0  # padding in which the text ends is what it goes on from
+        # The text ends in padding, and continues from there.
+        mask[:, sizes[-1] :] = 0
         alone = model.generate(input_ids[row : row + 1, start:], attention_mask=mask, **options)
         assert torch.equal(found[row], alone[0, LENGTH - start :])
 
@@ -486,7 +490,8 @@ def test_sinusoids_do_not_count_padding(sinusoidal: SinusoidalGPTForCausalLM, si
         assert_close(logits[row : row + 1, real[row]], expected)
 
 
-PADDED = [LENGTH, 11, 4]  # tokens in each row of a batch that is padded on the right
+# Number of tokens in each row of a batch with padding on the right.
+PADDED = [LENGTH, 11, 4]
 
 
 def right_padded() -> tuple[Tensor, Tensor]:
@@ -539,7 +544,8 @@ def test_candidates_after_padding_give_the_tokens_of_greedy(
 
 
 @pytest.mark.parametrize("name", ["positions-from-0", "positions-from-2", "mask-of-numbers", "seq-idx"])
-@pytest.mark.filterwarnings("default")  # Dynamo fails where it meets a warning that is an error
+# Dynamo fails if a warning is an error.
+@pytest.mark.filterwarnings("default")
 @no_grad
 def test_documents_in_a_compiled_model(make_model: ModelFactory, name: str) -> None:
     torch._dynamo.reset()

@@ -75,7 +75,8 @@ def attend(inputs: list[Tensor], layout: TokenLayout) -> Tensor:
 def assert_equals_the_oracle(inputs: list[Tensor], layout: TokenLayout, visible: Tensor | None = None) -> None:
     """Asserts equality up to the rounding of the output."""
     exact = oracle.attention(*(x.bfloat16() for x in inputs), oracle.paper_slopes(HEADS), SCALING, visible)
-    rows = exact.abs().sum((1, 3)) > 0  # of queries that see something
+    # Rows of queries that see some key.
+    rows = exact.abs().sum((1, 3)) > 0
     output = attend(inputs, layout)
     assert output.isfinite().all()
     assert torch.equal(output.transpose(1, 2)[rows], exact.bfloat16().transpose(1, 2)[rows])

@@ -157,7 +157,8 @@ def test_windows_keep_all_blocks_within_and_few_beyond(layout: TokenLayout) -> N
     for kept in (left, left_by_column):
         assert not (whole & ~kept & (distance <= reach)).any()
         assert not (kept & ~whole).any()
-    contiguous = layout.key_mask is None  # otherwise blocks of padding lie in between
+    # Otherwise, blocks of padding lie between the listed ones.
+    contiguous = layout.key_mask is None
     assert not contiguous or not (left & (distance > reach + 3 * flex.BLOCK)).any()
     assert torch.equal(cut.kv_indices, mask.kv_indices.expand_as(cut.kv_indices))
 

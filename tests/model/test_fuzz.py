@@ -67,12 +67,14 @@ def model_of(case: Case) -> tuple[AlibiGPTForCausalLM, Weights]:
                 weight.copy_((1 + 0.3 * noise) * (case.gain if "q_norm" in name else 1))
             elif weight.dim() == 1:
                 weight.copy_(0.3 * noise)
-            else:  # so large that attention matters
+            # The weights are so large that attention changes the output visibly.
+            else:
                 weight.copy_(noise if "embed" in name else 1.5 * noise / weight.shape[1] ** 0.5)
     slopes = {name: weight.detach().double() for name, weight in model.named_parameters() if "slopes" in name}
     model = model.to(dtype_of(case)).eval()
     weights = {name: weight.detach().double() for name, weight in model.named_parameters()}
-    return model, weights | slopes  # slopes are the same in every dtype
+    # Slopes have the same values in every dtype.
+    return model, weights | slopes
 
 
 class Reader(NamedTuple):
@@ -105,7 +107,8 @@ def readers_of(case: Case, weights: Weights) -> list[Reader]:
 
 
 def cast(weights: Weights, dtype: torch.dtype) -> Weights:
-    slopes_dtype = torch.promote_types(dtype, torch.float32)  # slopes are never rounded to 16 bits
+    # Slopes are never rounded to 16 bits.
+    slopes_dtype = torch.promote_types(dtype, torch.float32)
     return {
         name: weight.detach().to(slopes_dtype if "slopes" in name else dtype).requires_grad_()
         for name, weight in weights.items()

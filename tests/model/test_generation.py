@@ -86,7 +86,8 @@ def test_greedy_over_a_thousand_tokens(model: AlibiGPTForCausalLM) -> None:
 
 
 def test_assisted(model: AlibiGPTForCausalLM, make_model: ModelFactory) -> None:
-    assistant = copy.deepcopy(model)  # agrees often, not always
+    # The assistant agrees with the model often, but not always.
+    assistant = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in assistant.parameters():
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
@@ -108,7 +109,8 @@ def test_assisted_by_its_first_layer(model: AlibiGPTForCausalLM) -> None:
     assert calls[0] > calls[1]
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # earlier versions checkpoint even then
+# Earlier versions of Transformers use checkpointing even without gradients.
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["", "reentrant"])
 @pytest.mark.parametrize("how", [None, "dynamic", "static"], ids=["windowed", "dynamic", "static"])
 def test_a_model_in_training_with_gradient_checkpointing(
@@ -179,7 +181,8 @@ def test_continuing_from_a_returned_cache(model: AlibiGPTForCausalLM) -> None:
         )
         input_ids, past = output.sequences, output.past_key_values
     assert torch.equal(input_ids, expected)
-    more = prompt(120)  # longer than the rings can take at once
+    # The prompt is longer than the spare slots of the rings.
+    more = prompt(120)
     input_ids = torch.cat([input_ids, more], 1)
     found = model.generate(input_ids, past_key_values=past, max_new_tokens=NEW, do_sample=False)
     assert torch.equal(found, greedy(model, input_ids))

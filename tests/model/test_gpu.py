@@ -65,7 +65,8 @@ def textbook(inputs: list[Tensor], visible: Tensor | None) -> Tensor:
         hidden = hidden | ~visible[:, None].to(DEVICE)
     bias = (-slopes[:, None, None] * distance).to(query.dtype).masked_fill(hidden, torch.finfo(query.dtype).min)
     scores = query @ key.repeat_interleave(groups, 1).mT * SCALING + bias
-    weights = scores.softmax(-1).masked_fill(hidden, 0)  # also where a query sees nothing
+    # Weights are also 0 for queries that see nothing.
+    weights = scores.softmax(-1).masked_fill(hidden, 0)
     return weights @ value.repeat_interleave(groups, 1)
 
 
@@ -212,7 +213,8 @@ def test_a_static_cache_generates_what_a_dynamic_one_does(make_model: ModelFacto
 
 @pytest.mark.parametrize("length", [20, 700])
 def test_an_offloaded_cache_generates_what_others_do(make_model: ModelFactory, length: int) -> None:
-    slopes = [4.0, 2.0, 1.0, 0.5, 3.0, 0.7]  # steep enough for most keys to leave their windows
+    # Slopes are so steep that most keys are outside the windows.
+    slopes = [4.0, 2.0, 1.0, 0.5, 3.0, 0.7]
     model = make_model(num_attention_heads=6, alibi_slopes=slopes).to(DEVICE)
     input_ids = torch.randint(3, 97, (2, length), device=DEVICE)
     expected = model.generate(input_ids, max_new_tokens=40, do_sample=False, cache_implementation="dynamic")

@@ -20,7 +20,8 @@ from hf_alibi import (
     AlibiGPTForTokenClassification,
 )
 
-END = 0  # one token that pads and ends texts
+# One token serves as padding and as the end of texts.
+END = 0
 LENGTHS = [12, 7, 1, 9]
 each_backend = pytest.mark.parametrize("backend", ["eager", "sdpa"])
 
@@ -209,7 +210,8 @@ def test_a_classifier_trains_with_activation_checkpointing(make_model: ModelFact
     labels = torch.tensor([0, 2, 1, 1])
     expected = model(ids, attention_mask=mask, labels=labels).loss
     model.train()
-    for layer in model.model.layers:  # as Transformers sets it, under a name that depends on the version
+    # Transformers sets these attributes under a name that depends on the version.
+    for layer in model.model.layers:
         layer.gradient_checkpointing, layer._gradient_checkpointing_func = (
             True,
             partial(checkpoint, use_reentrant=False),

@@ -14,7 +14,8 @@ from transformers import DynamicCache
 from hf_alibi import AlibiGPTForCausalLM
 from hf_alibi.model.norms import AlibiGPTRMSNorm
 
-LOUD = 8.0  # times as large as the weight of the norm says
+# The factor by which the output exceeds what the weight of the norm implies.
+LOUD = 8.0
 
 
 class Wrapper(nn.Module):

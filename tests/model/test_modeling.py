@@ -221,7 +221,8 @@ def test_generation_goes_on_past_the_training_length(
 ) -> None:
     model = make_model(training_length=16)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    with pytest.warns(UserWarning, match="model-agnostic default"):  # of Transformers, for every model
+    # Transformers gives this warning for every model.
+    with pytest.warns(UserWarning, match="model-agnostic default"):
         assert model.generate(tokens(1)).shape == (1, LENGTH + 20)
     assert "exceeded" not in caplog.text
 

@@ -14,7 +14,8 @@ import hf_alibi
 from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM
 
 INPUT_IDS = [list(range(3, 43)), list(range(43, 83))]
-LONG_INPUT_IDS = [[(7 * i * i + i) % 90 + 3 for i in range(1100)]]  # longer than the least length with windows
+# Longer than the length up to which windows are ignored.
+LONG_INPUT_IDS = [[(7 * i * i + i) % 90 + 3 for i in range(1100)]]
 HEADS = {
     "AutoModel": "last_hidden_state",
     "AutoModelForCausalLM": "logits",
@@ -95,7 +96,8 @@ def test_what_travels_is_what_the_model_imports(folder: Path) -> None:
 
 
 def test_it_needs_nothing_but_torch_and_transformers(folder: Path) -> None:
-    allowed = sys.stdlib_module_names | {"torch", "transformers", "huggingface_hub"}  # which transformers requires
+    # Transformers requires huggingface_hub.
+    allowed = sys.stdlib_module_names | {"torch", "transformers", "huggingface_hub"}
     for file in (folder / "AutoModel").glob("*.py"):
         assert set(get_imports(file)) <= allowed, file
         assert "from . import" not in file.read_text(), f"{file}: the loader would leave that behind"

@@ -37,7 +37,8 @@ def test_output_and_gradients(heads: int, kv_heads: int, length: int, past: int,
     key, value = (
         torch.randn(2, kv_heads, past + length, HEAD_DIM, dtype=torch.float64, requires_grad=True) for _ in range(2)
     )
-    slopes = 8 * torch.tensor(alibi_slopes(heads), dtype=torch.float64)  # windows of 10 to 2,000 tokens
+    # The windows have 10 to 2,000 tokens.
+    slopes = 8 * torch.tensor(alibi_slopes(heads), dtype=torch.float64)
     windows = head_windows(slopes, norm_bounds(query, key, SCALING), 2.0**-52) if windowed else None
     inputs = (query, key, value)
 

@@ -51,7 +51,8 @@ def test_casting(model: AlibiGPTForCausalLM, way: Callable[[Any], Any], tmp_path
     cast = way(model)
     assert_slopes_are(slopes(cast.model), expected)
     gradient = cast.model.bias_log_slopes.grad
-    assert gradient is None or gradient.dtype == torch.float32  # a copy has none
+    # A copy has no gradient.
+    assert gradient is None or gradient.dtype == torch.float32
     cast(torch.arange(5)[None], labels=torch.arange(5)[None]).loss.backward()
     cast.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)

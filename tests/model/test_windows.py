@@ -97,7 +97,8 @@ def test_bounds_are_those_of_cauchy_and_schwarz() -> None:
     bounds = norm_bounds(query, key, SCALING)
     assert torch.all(scores <= bounds)
     assert scores.max() <= qk_norm_bound(gains[0], gains[1])
-    reached = (gains[0] * gains[1]).max().item() * math.sqrt(HEAD_DIM)  # by vectors along that channel
+    # Vectors along the channel with the largest product of gains reach this score.
+    reached = (gains[0] * gains[1]).max().item() * math.sqrt(HEAD_DIM)
     assert qk_norm_bound(gains[0], gains[1]).item() == pytest.approx(reached, rel=0.011)
 
 
