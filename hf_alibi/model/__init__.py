@@ -1,1 +1,1 @@
-"""All that travels with a checkpoint: slopes, windows, caches, attention and the model itself."""
+"""The code that is saved with every checkpoint: slopes, windows, caches, attention and the model itself."""

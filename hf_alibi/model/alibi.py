@@ -1,12 +1,12 @@
-"""ALiBi, attention with linear biases: the idea itself.
+"""ALiBi, attention with linear biases: each score is lowered in proportion to the distance of query and key.
 
-A query at position i and a key at position j <= i score
+The score of a query at position i and a key at position j <= i is
 
     s_ij = q_i . k_j / sqrt(d)  -  m_h (i - j)
 
-where m_h is a fixed slope of attention head h, and no position embedding is used anywhere. Heads with
-steep slopes look at the last few tokens, heads with flat slopes far back, and because the penalty is
-defined at every distance a model trained on short sequences reads long ones.
+where m_h is the slope of attention head h and d the head dimension. There are no position embeddings. Heads with steep
+slopes see the last few tokens, heads with flat slopes see far back. The penalty is defined at every distance, so a
+model that was trained on short sequences can read long ones.
 
 Source: Press, Smith, Lewis, "Train Short, Test Long: Attention with Linear Biases Enables Input Length
 Extrapolation", ICLR 2022 (arXiv 2108.12409), section 3.
@@ -19,13 +19,13 @@ from torch import Tensor
 def alibi_slopes(num_heads: int, max_bias: float = 8.0) -> list[float]:
     """Returns the slope m_h of every attention head, as in the paper and its code.
 
-    For a power of two n, m_h = 2^(-max_bias h / n), h = 1..n. For any other number, the slopes of the
-    largest power of two p below it are followed by every second slope of 2p, left unsorted: trained
-    checkpoints depend on that order.
+    If the number of heads n is a power of two, m_h = 2^(-max_bias h / n) for h = 1..n. For any other number, the
+    slopes of the largest power of two p below it come first, followed by every second slope of 2p. They stay unsorted,
+    because trained checkpoints depend on this order.
 
     Args:
         num_heads: Number of query heads, at least 1.
-        max_bias: The steepness of the geometric sequence: 8 in the paper, `alibi_bias_max` in MPT.
+        max_bias: Exponent of the geometric sequence: 8 in the paper, `alibi_bias_max` in MPT.
 
     Returns:
         `num_heads` positive slopes, in nats per token of distance.
@@ -43,28 +43,28 @@ def alibi_slopes(num_heads: int, max_bias: float = 8.0) -> list[float]:
 
 
 def interpolated_slopes(slopes: Tensor, training_length: int, length: Tensor) -> Tensor:
-    """Returns the slopes for a text of this length, flatter where it is longer than those of the training.
+    """Returns the slopes for a text of this length, which are flatter if the text exceeds the training length.
 
-    The furthest token of a longer text then costs what the furthest one cost in training. Source: Al-Khateeb et al.,
+    The penalty of the furthest token is then no larger than it was in training. Source: Al-Khateeb et al.,
     "Position Interpolation Improves ALiBi Extrapolation" (arXiv 2310.13017).
 
     Args:
         slopes: `[heads]`, floating point; its dtype is the result's.
-        training_length: Tokens in a text of the training.
-        length: Tokens in the text, a tensor without dimensions.
+        training_length: Number of tokens in a training sequence.
+        length: Number of tokens in the text, a tensor without dimensions.
 
     Returns:
-        `[heads]`: m times `training_length / length` beyond the training length, up to it the slopes themselves.
+        `[heads]`: the slopes times `training_length / length` if that is below 1, otherwise the slopes themselves.
     """
     return slopes / (length.to(slopes.dtype) / training_length).clamp(min=1)
 
 
 def alibi_bias(slopes: Tensor, query_positions: Tensor, key_positions: Tensor) -> Tensor:
-    """Returns the bias of any queries against any keys: rows and columns of one and the same matrix.
+    """Returns the bias for queries and keys at any positions.
 
-    A KV cache of any kind therefore gets exactly its rows by passing the positions that it holds. The
-    bias is relative, -m |i - j|, never +m j: the two differ by a constant per row, which softmax
-    ignores, but only the relative form keeps small values, hence precision, near the diagonal.
+    A KV cache gets the right bias from the positions of the keys that it holds. The bias is the relative -m |i - j|,
+    not the absolute +m j. For visible keys the two differ by a constant per row, which softmax ignores. But only the
+    relative form has small values near the diagonal, where rounding matters most.
 
     Args:
         slopes: `[heads]`, floating point; its dtype is the result's.
@@ -72,20 +72,19 @@ def alibi_bias(slopes: Tensor, query_positions: Tensor, key_positions: Tensor) -
         key_positions: `[batch, keys]` or `[1, keys]`, integers.
 
     Returns:
-        `[batch, heads, queries, keys]`. Keys after the query get the symmetric value: masking the
-        future is not the bias's business.
+        `[batch, heads, queries, keys]`. Keys after the query get the symmetric value; the caller masks them.
     """
     distance = (query_positions[:, None, :, None] - key_positions[:, None, None, :]).abs()
     return -slopes[:, None, None] * distance
 
 
 def causal_line(slopes: Tensor, behind: int, ahead: int) -> Tensor:
-    """Returns the causal bias as a function of the offset j - i alone: the one line that fills the matrix.
+    """Returns the causal bias by offset j - i. Every row of the bias matrix is a part of this line.
 
     Args:
         slopes: `[heads]`, floating point; its dtype is the result's.
-        behind: The furthest distance into the past.
-        ahead: The furthest distance into the future.
+        behind: Largest distance into the past.
+        ahead: Largest distance into the future.
 
     Returns:
         `[heads, behind + 1 + ahead]`: -m (i - j) for the offsets -behind..0, and -inf for 1..ahead.
@@ -95,18 +94,18 @@ def causal_line(slopes: Tensor, behind: int, ahead: int) -> Tensor:
 
 
 def bias_view(line: Tensor, heads: slice, queries: int, keys: int, corner: int) -> Tensor:
-    """Returns the bias matrix of a run of queries, taken in reverse order, without storing it.
+    """Returns the bias matrix of consecutive queries, in reverse order, without storing it.
 
-    The bias depends on j - i only. With the queries in reverse order, going down a row and going right
-    a column both move one step along `line`, so a view with strides (1, 1) is the whole matrix: exact
-    at any length, with the memory of a line.
+    The bias depends on j - i only. With the queries in reverse order, the next row and the next column are both one
+    step further along `line`. So a view of the line with strides (1, 1) is the whole matrix. It is exact at any length
+    and takes only the memory of the line.
 
     Args:
-        line: `[heads, offsets]`, as `causal_line` returns it.
-        heads: Which heads.
+        line: `[heads, offsets]`, as `causal_line` or `ring_line` returns it.
+        heads: Heads to view.
         queries: Number of queries.
         keys: Number of keys.
-        corner: Index into a row of `line` of the last query against the first key.
+        corner: Index into `line` of the offset from the last query to the first key.
 
     Returns:
         A read-only view `[1, heads, queries, keys]`; row r belongs to query `queries - 1 - r`.
@@ -117,20 +116,22 @@ def bias_view(line: Tensor, heads: slice, queries: int, keys: int, corner: int) 
 
 
 def ring_line(slopes: Tensor, window: int, capacity: int) -> Tensor:
-    """Returns the bias of keys in a ring, position p in slot p modulo `capacity`, by offset from the newest slot.
+    """Returns the bias of keys in a ring buffer by offset from the slot of the newest key.
 
-    The key in slot s is (newest - s) modulo `capacity` behind the newest: a periodic function of the offset, and
-    `bias_view` makes the matrix of any number of last queries from it, as it does from `causal_line`. What is
-    further away than the window gets -inf, and with it keys that are newer than a query, as long as there are
-    no more of them than `capacity - window - 1`.
+    The ring stores position p in slot p modulo `capacity`. The distance from the newest key to the key in slot s is
+    (newest - s) modulo `capacity`, a periodic function of the offset. `bias_view` makes the matrix for the last
+    queries from this line, as from `causal_line`.
+
+    Distances beyond the window get -inf. For an earlier query, a newer key appears at such a distance, so it is hidden
+    too. This holds for up to `capacity - window - 1` newer keys.
 
     Args:
         slopes: `[heads]`, floating point; its dtype is the result's.
-        window: The furthest distance that is visible.
-        capacity: Slots of the ring.
+        window: Largest visible distance.
+        capacity: Number of slots.
 
     Returns:
-        `[heads, 3 capacity - window - 2]`: offsets from 1 - capacity to 2 capacity - window - 2.
+        `[heads, 3 capacity - window - 2]`, for offsets from 1 - capacity to 2 capacity - window - 2.
     """
     offsets = torch.arange(1 - capacity, 2 * capacity - window - 1, device=slopes.device)
     distance = -offsets % capacity

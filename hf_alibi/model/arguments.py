@@ -1,7 +1,7 @@
-"""Arguments of a forward pass that have no parameter of their own: each is understood, harmless, or refused by name.
+"""Checks of the arguments in `**kwargs` of a forward pass: each is used, known to be harmless, or refused by name.
 
-Transformers' models take any argument and ignore those that they do not know. An ignored mask changes results without
-a word, so this model ignores only what cannot change them.
+Transformers' models accept any argument and ignore unknown ones. An ignored mask would give wrong results without any
+error, so this model ignores only arguments that cannot change results.
 """
 
 from difflib import get_close_matches
@@ -13,22 +13,22 @@ from transformers.cache_utils import Cache
 from .recording import is_recorded
 
 HARMLESS = {
-    # What is returned, and how. The decorators of `forward` have read these.
+    # They decide what is returned, and `forward` reads them elsewhere.
     "output_attentions",
     "output_hidden_states",
     "output_router_logits",
     "return_dict",
     "return_loss",
-    # The loss, which the heads compute.
+    # They belong to the loss, which the heads compute.
     "ignore_index",
     "num_items_in_batch",
     "shift_labels",
-    # What `generate` keeps for itself and passes on all the same.
+    # `generate` uses them itself, but passes them on.
     "assistant_model",
     "assistant_tokenizer",
     "streamer",
     "tokenizer",
-    # What tokenizers return besides tokens and mask.
+    # Tokenizers return them together with tokens and mask.
     "length",
     "num_truncated_tokens",
     "offset_mapping",
@@ -55,15 +55,15 @@ UNDERSTOOD = (
 
 
 def check_arguments(arguments: dict[str, Any], num_queries: int, cache: Cache | None) -> None:
-    """Refuses arguments that would change the result of another model and cannot change that of this one.
+    """Checks that no argument asks for something that this model does not do.
 
     Args:
-        arguments: Those without a parameter of their own. `None` stands for an argument that is not given.
-        num_queries: Tokens in the pass.
-        cache: The cache, before it gets the keys of this pass.
+        arguments: The `**kwargs` of the forward pass. `None` counts as not given.
+        num_queries: Number of tokens in the pass.
+        cache: The cache before this pass.
 
     Raises:
-        ValueError: Names the argument.
+        ValueError: For the first such argument; the message names it.
     """
     tracing = is_recorded()
     for name, value in arguments.items():
@@ -72,12 +72,14 @@ def check_arguments(arguments: dict[str, Any], num_queries: int, cache: Cache | 
         if name in ALL_ZERO:
             if not tracing and bool(torch.as_tensor(value).any()):
                 raise ValueError(
-                    f"{name} must be all zero: this model has no embeddings for kinds of tokens. Leave it out; "
-                    f"tokenizers do with return_{name}=False."
+                    f"{name} must be all zero, because this model has no token type embeddings. Leave it out; "
+                    f"tokenizers do so with return_{name}=False."
                 )
         elif name == "is_causal":
             if not value:
-                raise ValueError("is_causal=False is not supported: a token sees only itself and those before it.")
+                raise ValueError(
+                    "is_causal=False is not supported: a token sees only itself and earlier tokens. Leave it out."
+                )
         elif name == "cache_position":
             past = 0 if cache is None else cache.get_seq_length()
             if not tracing and value.flatten().tolist() != list(range(int(past), int(past) + num_queries)):
@@ -88,4 +90,6 @@ def check_arguments(arguments: dict[str, Any], num_queries: int, cache: Cache | 
         else:
             near = get_close_matches(name, [*UNDERSTOOD, *HARMLESS], n=1, cutoff=0.8)
             advice = f"did you mean {near[0]}?" if near else "leave it out."
-            raise ValueError(f"This model does not know the argument {name}, and ignoring it might be wrong: {advice}")
+            raise ValueError(
+                f"This model does not know the argument {name}, and ignoring it might give wrong results: {advice}"
+            )

@@ -1,8 +1,9 @@
 """The attention backends: one record for each, and the lookup by name.
 
-Each backend is one file, with its forward function and its kernel calls: `eager.py`, `sdpa.py`, `flex.py`, `flash.py`.
-All have the signature of `eager_attention_forward`. A backend that is asked for is used or raises. A name that is not
-in this table is refused: Transformers' own implementations would drop the bias.
+Each backend is one file with a forward function and its kernel calls: `eager.py`, `sdpa.py`, `flex.py`, `flash.py`.
+All forward functions have the signature of `eager_attention_forward`. A backend never falls back to another one: it
+computes the result or raises an error. Names outside this table raise an error, because Transformers' own
+implementations would drop the bias.
 """
 
 from collections.abc import Callable
@@ -15,14 +16,14 @@ from .sdpa import sdpa_attention_forward
 
 
 class Backend(NamedTuple):
-    """What a backend can do. What it cannot do raises an error.
+    """A backend and what it supports. Everything else raises an error.
 
     Attributes:
-        forward: Its function, with the signature of `eager_attention_forward`.
-        devices: Where it runs.
-        dtypes: Of queries, keys and values.
-        masks: Whether it takes a mask of queries times keys.
-        gradients: Where it has a backward pass.
+        forward: The function, with the signature of `eager_attention_forward`.
+        devices: The devices on which it runs.
+        dtypes: The dtypes of queries, keys and values that it accepts.
+        masks: Whether it accepts a mask of queries times keys.
+        gradients: The devices on which it has a backward pass.
         weights: Whether it returns attention weights.
         paged: Whether continuous batching can use it.
     """
@@ -62,18 +63,18 @@ BACKENDS = {
     "eager": _EAGER,
     "flex_attention": _FLEX,
     "flash_attention_2": _FLASH,
-    # Transformers takes this for flash_attention_2 where the package is missing and `kernels` is installed.
+    # Transformers replaces flash_attention_2 by this name if flash-attn is missing and `kernels` is installed.
     "kernels-community/flash-attn2": _FLASH,
-    # Transformers makes this of eager for continuous batching; the layout tells the requests apart (`paged.py`).
+    # Transformers replaces eager by this name in continuous batching. The layout separates the requests (`paged.py`).
     "paged|eager": _EAGER,
 }
 
 
 def backend(attn_implementation: str) -> Backend:
-    """Returns the backend of that name.
+    """Returns the backend of this name.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If no backend has this name.
     """
     if attn_implementation not in BACKENDS:
         raise ValueError(

@@ -1,16 +1,16 @@
-"""The windowed KV cache: each head holds the keys that it can still see, and lets go of the others.
+"""The windowed KV cache: each head keeps only the keys inside its window.
 
-With QK-norm the lossless windows (`windows.py`) are known before any data, so a key that has fallen out of
-a head's window will never be needed again. The heads of a layer hold W_h keys each, together a constant:
-memory and time of a decoded token do not grow with the text.
+With QK-norm the lossless windows (`windows.py`) are known in advance, so a key that has left a head's window is never
+needed again. Head h of a layer keeps W_h keys. Memory and time per decoded token therefore do not grow with the text.
 
-As long as that would save little, a layer holds the keys of all heads together, as any cache does. Beyond,
-heads with similar windows share a ring: position p of the text lies in slot p modulo the ring's capacity,
-and a new key takes the place of one that has left the window. Seen from the newest key, the bias of a
-ring's slots is a periodic function, so that of any state of the ring is a view of one line
-(`alibi.ring_line`): in a step nothing is moved, allocated or computed.
+While the text is short, a layer keeps the keys of all heads in one tensor, like any cache. Once windows save enough,
+heads with similar windows share a ring buffer. Position p of the text is stored in slot p modulo the capacity of the
+ring, so a new key overwrites one that has left the window. Relative to the newest key, the bias of the slots is a
+periodic function. The bias for every state of the ring is thus a view of one line (`alibi.ring_line`), and a decoding
+step moves no keys and computes no bias.
 
-A ring has some slots to spare, which lets several tokens enter at once and the last ones be taken back.
+A ring has spare slots beyond the window. They allow several tokens to be added in one pass, and the last tokens to be
+removed again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,23 +24,28 @@ from .alibi import bias_view, causal_line, ring_line
 from .layout import TokenLayout
 from .windows import UNLIMITED
 
-SPARE = 64  # slots beyond a window: tokens that may enter at once, or be taken back
-SHARED_SLOTS = 2048  # slots that may go unused for heads to share a ring: reading them costs less than another call
+# Slots of a ring beyond its window. A pass may add, and a crop may remove, this many tokens without copying the
+# window. More slots take memory, and every decoding step reads them although they are masked.
+SPARE = 64
+# Unused slots up to which heads with different windows share a ring. A larger number takes more memory and reads more
+# slots; a smaller number gives more rings, each of which needs a kernel call per step. It suits PyTorch 2.13 on 2 CPU
+# cores (AMD EPYC), measured with `hf_alibi benchmark generation`.
+SHARED_SLOTS = 2048
 
 
 class Ring:
-    """The keys and values of some heads of a layer; the newest take the place of the oldest.
+    """A ring buffer with the keys and values of some heads of a layer. The newest overwrite the oldest.
 
     Attributes:
         heads: `[heads]`, indices of its query heads.
         kv_heads: `[key_value_heads]`, indices of its key-value heads.
-        slopes: `[heads]`.
-        windows: How far back each of its query heads looks, `[heads]`.
-        window: The widest of them.
-        capacity: Positions that it can hold.
-        lost: How many of the first positions it does not hold, or no longer.
-        keys: `[batch, key_value_heads, slots, head_dim]`; it grows up to `capacity` slots.
-        values: As `keys`.
+        slopes: `[heads]`, the slopes of its query heads.
+        windows: `[heads]`, the distance that each of its query heads sees.
+        window: The largest of `windows`.
+        capacity: Maximum number of positions.
+        lost: Number of positions at the start of the text that the ring no longer stores, or never did.
+        keys: `[batch, key_value_heads, slots, head_dim]`. It grows up to `capacity` slots.
+        values: `[batch, key_value_heads, slots, head_dim]`.
     """
 
     def __init__(
@@ -51,12 +56,14 @@ class Ring:
         self.capacity = self.window + 1 + spare
         self.lost = 0
         self.keys = self.values = like.new_zeros(len(like), len(kv_heads), 0, like.shape[3])
-        self._lines: dict[tuple[int, bool], Tensor] = {}  # the newest alone
+        # Holds the latest line only.
+        self._lines: dict[tuple[int, bool], Tensor] = {}
 
     def _line(self) -> tuple[Tensor, int]:
         """Returns the bias by offset from the newest slot, `[heads, offsets]`, and the index of offset 0.
 
-        Until a position is lost that is the plain causal bias, and need not be longer than the text: a window may be.
+        Until a position is lost, this is the plain causal bias. It is then as long as the text, not as the window,
+        which may be far longer.
         """
         slots, is_closed = self.keys.shape[2], self.lost > 0
         if (slots, is_closed) not in self._lines:
@@ -68,13 +75,13 @@ class Ring:
         return self._lines[slots, is_closed], (self.capacity if is_closed else slots) - 1
 
     def bias(self, num_queries: int, length: int) -> Tensor:
-        """Returns the bias of the last queries of a text, in reverse order, `[1, heads, queries, held]`."""
+        """Returns the bias of the last queries of a text, in reverse order, `[1, heads, queries, slots in use]`."""
         line, newest = self._line()
         corner = newest - (length - 1) % self.capacity
         return bias_view(line, slice(0, len(self.heads)), num_queries, min(length, self.capacity), corner)
 
     def write(self, keys: Tensor, values: Tensor, start: int) -> None:
-        """Stores `[batch, key_value_heads, tokens, head_dim]` at the positions from `start` on."""
+        """Stores keys and values `[batch, key_value_heads, tokens, head_dim]` at the positions from `start` on."""
         end = start + keys.shape[2]
         self._reserve(min(end, self.capacity))
         for slots, positions in self._runs(max(start, end - self.capacity), end):
@@ -84,7 +91,7 @@ class Ring:
         self.lost = max(self.lost, end - self.capacity)
 
     def read(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Returns the keys and values at the positions from `start` to `end`, in order."""
+        """Returns the keys and values of the positions from `start` up to, but not including, `end`, in order."""
         runs = [slots for slots, _ in self._runs(start, end)]
         if len(runs) == 1:
             return self.keys[:, :, runs[0]], self.values[:, :, runs[0]]
@@ -92,11 +99,11 @@ class Ring:
         return keys, values
 
     def can_take_back(self, length: int) -> bool:
-        """Whether a text can go on from `length` again, with nothing lost that its next token sees."""
+        """Whether the text can be cut to `length` tokens: no key that its next token sees has been overwritten."""
         return self.lost <= max(0, length - self.window)
 
     def _runs(self, start: int, end: int) -> Iterator[tuple[slice, slice]]:
-        """Cuts a run of positions where the ring closes; yields their slots and themselves."""
+        """Splits a range of positions at the end of the buffer; yields slices of slots and of positions."""
         while start < end:
             slot = start % self.capacity
             stop = min(end, start + self.capacity - slot)
@@ -104,7 +111,10 @@ class Ring:
             start = stop
 
     def _reserve(self, slots: int) -> None:
-        """Makes room, twice what there was at least; zeros, as what is hidden must yet be finite."""
+        """Grows the buffers to at least twice their size, within capacity.
+
+        New slots are zero: masked keys must still be finite.
+        """
         held = self.keys.shape[2]
         if slots > held:
             room = min(self.capacity, max(slots, 2 * held)) - held
@@ -115,14 +125,14 @@ class Ring:
 
 
 class HeldKeys(NamedTuple):
-    """The keys that the queries of a pass find with the heads of one ring.
+    """The keys and values that one pass reads from one ring.
 
     Attributes:
-        ring: Where they are held.
+        ring: The ring.
         keys: `[batch, key_value_heads, held, head_dim]`.
-        values: As `keys`.
-        length: Tokens of the text, those of the pass included.
-        in_order: Whether the keys are in the order of the text, or of the ring's slots.
+        values: `[batch, key_value_heads, held, head_dim]`.
+        length: Number of tokens in the text, including those of the pass.
+        in_order: True if the keys are in the order of the text, False if in the order of the ring's slots.
     """
 
     ring: Ring
@@ -132,16 +142,17 @@ class HeldKeys(NamedTuple):
     in_order: bool
 
     def only_future_is_hidden(self, layout: TokenLayout) -> bool:
-        """Whether the queries see every token that their windows reach; `layout` is that of the whole text."""
+        """Whether the queries see every token inside their windows. `layout` describes the whole text."""
         if layout.length is not None or layout.mask is not None:
             return layout.mask is None
         return layout.clear_from() <= max(0, self.length - layout.queries.shape[1] - self.ring.window)
 
     def layout(self, layout: TokenLayout) -> TokenLayout:
-        """Returns the part of the whole text's layout that is about these heads and keys.
+        """Returns the part of the whole text's layout that belongs to these heads and keys.
 
         Raises:
-            ValueError: If a query sees a token that is no longer held, there being padding between the two.
+            ValueError: If a query sees a token whose key is no longer stored. This happens with padding between them
+                or with a four-dimensional mask.
         """
         slots = torch.arange(self.keys.shape[2], device=self.keys.device)
         newest = self.length - 1
@@ -156,8 +167,8 @@ class HeldKeys(NamedTuple):
             first = first.maximum(layout.first)
         if lost > 0 and (layout.mask is not None or bool((layout.keys[:, lost - 1, None] >= first).any())):
             raise ValueError(
-                "Padding between tokens, or a mask with four dimensions, needs keys that the windowed cache has let "
-                "go; generate with cache_implementation='dynamic', or pass a DynamicCache."
+                "Padding between tokens, or a mask with four dimensions, needs keys that the windowed cache no longer "
+                "stores. Generate with cache_implementation='dynamic', or pass a DynamicCache."
             )
         mask = layout.mask
         if mask is not None:
@@ -175,12 +186,12 @@ class WindowedLayer(CacheLayerMixin):
     """The cache of one layer.
 
     Args:
-        windows: How far back each query head looks.
+        windows: The distance that each query head sees.
         slopes: `[heads]`, the slopes of the query heads.
 
     Attributes:
-        keys: Those of all heads, `[batch, key_value_heads, length, head_dim]`, as long as they are held together;
-            `None` after that.
+        keys: `[batch, key_value_heads, length, head_dim]`, the keys of all heads while one ring holds them; `None`
+            after that.
         values: As `keys`.
     """
 
@@ -197,12 +208,13 @@ class WindowedLayer(CacheLayerMixin):
         self.rings: list[Ring] = []
         self.length = 0
         self.spare = SPARE
-        self.recorded = 0  # tokens since the last crop, which the next may take back
+        # Tokens since the last crop. The next crop may remove all of them.
+        self.recorded = 0
         self.is_initialized = False
         self._show()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Makes an empty layer for states like these."""
+        """Creates empty buffers for states of this dtype, device and shape."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.slopes = self.slopes.to(self.device)
         num_kv_heads = key_states.shape[1]
@@ -216,11 +228,11 @@ class WindowedLayer(CacheLayerMixin):
 
         Args:
             key_states: `[batch, key_value_heads, tokens, head_dim]`.
-            value_states: As `key_states`.
+            value_states: `[batch, key_value_heads, tokens, head_dim]`.
 
         Returns:
-            Keys and values of the whole text, `[batch, key_value_heads, length, head_dim]`; or, where that is no
-            longer held, a list of `HeldKeys` in place of the keys, and `None`.
+            Keys and values of the whole text, `[batch, key_value_heads, length, head_dim]`. Once several rings hold
+            them: a list of `HeldKeys`, and `None`.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -246,7 +258,8 @@ class WindowedLayer(CacheLayerMixin):
 
     def _update_together(self, keys: Tensor, values: Tensor, past: int) -> tuple[Tensor, Tensor]:
         divide = self._should_divide() and not self.record_past
-        if not divide or past > 0:  # a long prompt need not be held as a whole
+        # A long first prompt goes to the rings directly; it is never stored as a whole.
+        if not divide or past > 0:
             self.rings[0].write(keys, values, past)
             keys, values = self.rings[0].read(0, self.length)
         if divide:
@@ -258,12 +271,17 @@ class WindowedLayer(CacheLayerMixin):
         return self.rings[0].window == UNLIMITED
 
     def _should_divide(self) -> bool:
-        """Whether the windows let go of half of all keys, or more."""
+        """Whether dividing the heads into rings would drop at least half of all keys."""
         held = sum(min(window, self.length) for window in self.kv_windows)
         return self._are_together() and 2 * held <= len(self.kv_windows) * self.length
 
     def _divide(self, keys: Tensor, values: Tensor) -> None:
-        """Hands the text, `[batch, key_value_heads, length, head_dim]`, over to a ring for each group of heads."""
+        """Groups heads with similar windows and stores the keys and values of the whole text in one ring per group.
+
+        Args:
+            keys: `[batch, key_value_heads, length, head_dim]`.
+            values: `[batch, key_value_heads, length, head_dim]`.
+        """
         groups: list[list[int]] = []
         for head in sorted(range(len(self.kv_windows)), key=self.kv_windows.__getitem__):
             if groups and sum(self.kv_windows[head] - self.kv_windows[i] for i in groups[-1]) <= SHARED_SLOTS:
@@ -282,7 +300,7 @@ class WindowedLayer(CacheLayerMixin):
         return Ring(query_index, key_index, self.slopes[query_index], windows, self.spare, like)
 
     def _resize(self, spare: int, length: int) -> None:
-        """Gives the rings that many slots to spare; they hold the text up to `length`."""
+        """Replaces the rings by rings with `spare` spare slots. The present ones hold the text up to `length`."""
         self.spare = spare
         for i, old in enumerate(self.rings):
             self.rings[i] = ring = Ring(old.heads, old.kv_heads, old.slopes, old.windows, spare, old.keys)
@@ -290,29 +308,33 @@ class WindowedLayer(CacheLayerMixin):
             ring.write(*old.read(ring.lost, length), ring.lost)
 
     def activate_past_recording(self) -> None:
-        """From now on keeps all that a crop may take back, which is what has come since the last one."""
+        """Keeps, from now on, what is needed to crop all tokens that were added since the last crop."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last tokens.
+        """Removes the last tokens.
 
         Args:
-            tokens_to_remove: How many, negative or 0.
+            tokens_to_remove: Minus the number of tokens to remove.
 
         Raises:
-            ValueError: If it is positive.
-            RuntimeError: If the last tokens that would remain see keys that have been overwritten.
+            ValueError: If `tokens_to_remove` is positive.
+            RuntimeError: If the next token would see keys that have been overwritten.
         """
         if tokens_to_remove > 0:
-            raise ValueError(f"crop takes the number of tokens to remove, negative, got {tokens_to_remove}.")
+            raise ValueError(
+                "crop takes minus the number of tokens to remove, such as -3 for three tokens; "
+                f"got {tokens_to_remove}."
+            )
         length = max(0, self.length + tokens_to_remove)
         if length == 0:
             self.reset()
             return
         if not all(ring.can_take_back(length) for ring in self.rings):
             raise RuntimeError(
-                f"Cannot take back {-tokens_to_remove} tokens: keys that have left a head's window since are gone. "
-                "Call activate_past_recording() before they are added, or use a DynamicCache."
+                f"Cannot remove the last {-tokens_to_remove} tokens: they have overwritten keys that are inside a "
+                "head's window again without them. Call activate_past_recording() before adding tokens that you may "
+                "remove, or use a DynamicCache."
             )
         self.length, self.recorded = length, 0
         if self._should_divide():
@@ -322,19 +344,22 @@ class WindowedLayer(CacheLayerMixin):
         self._show()
 
     def get_seq_length(self) -> int:
-        """Returns the number of tokens of the text, whether or not their keys are still held."""
+        """Returns the number of tokens in the text, including those whose keys are no longer stored."""
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Returns the tokens after a pass of `query_length` tokens, and 0, the first that a mask is to cover."""
+        """Returns the number of tokens after a pass of `query_length` tokens, and the offset of the first one, 0.
+
+        A mask covers the whole text, including tokens whose keys are no longer stored.
+        """
         return self.length + query_length, 0
 
     def get_max_length(self) -> int:
-        """Returns -1: a text of any length fits."""
+        """Returns -1, which means that there is no limit."""
         return -1
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Takes sequence `beam_idx[i]` of the batch for each sequence i."""
+        """Replaces each sequence i of the batch by sequence `beam_idx[i]`."""
         self._change(lambda states: states.index_select(0, beam_idx.to(states.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -342,7 +367,7 @@ class WindowedLayer(CacheLayerMixin):
         self._change(lambda states: states.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the sequences `indices` of the batch."""
+        """Keeps only the sequences `indices` of the batch."""
         self._change(lambda states: states[indices])
 
     def offload(self) -> None:
@@ -350,7 +375,7 @@ class WindowedLayer(CacheLayerMixin):
         self._change(lambda states: states.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        """Moves them back to where they came from."""
+        """Moves keys and values back to the device of the layer."""
         self._change(lambda states: states.to(self.device, non_blocking=True))
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -364,16 +389,20 @@ class WindowedLayer(CacheLayerMixin):
 
 
 class WindowedCache(Cache):
-    """A cache in which each head holds no more than its window; attention through `sdpa` knows how to read it.
+    """A cache in which each head keeps only the keys inside its window. Only the `sdpa` backend can read it.
+
+    `AlibiGPTModel.windowed_cache` makes one with lossless windows.
 
     Args:
-        windows: How far back each query head of each layer looks, see `AlibiGPTModel.windowed_cache`.
+        windows: The distance that each query head of each layer sees.
         slopes: `[heads]`, the slopes of the query heads.
-        offloading: Whether keys and values wait on the CPU while other layers are at work.
-        made_for: What the windows follow from, for the model to see whether it is still so; `None`: it trusts them.
+        offloading: Whether keys and values are kept on the CPU while other layers compute.
+        made_for: The slopes and gains from which the windows were computed. The model compares them with its own
+            before it uses the cache; `None` for no comparison.
     """
 
-    max_cache_len = -1  # no limit; PEFT asks every cache of `generate` but Transformers' own dynamic one for it
+    # No limit. PEFT reads this attribute of every cache except Transformers' dynamic one.
+    max_cache_len = -1
 
     def __init__(
         self,

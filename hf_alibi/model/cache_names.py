@@ -1,6 +1,6 @@
 """The name of the KV cache in Transformers: `past_key_values` up to version 5.23, `cache` since 5.24.
 
-Models take both names as arguments, and `generate` and the output classes use the one that is in use.
+Models accept both names as arguments. `generate` and the output classes use the name of the installed version.
 """
 
 from dataclasses import fields
@@ -18,5 +18,5 @@ def only_cache(past_key_values: Any, cache: Any) -> Any:
         ValueError: If both are given.
     """
     if past_key_values is not None and cache is not None:
-        raise ValueError("past_key_values and cache are two names of one argument; give one of them.")
+        raise ValueError("past_key_values and cache are two names of one argument; give only one of them.")
     return cache if past_key_values is None else past_key_values

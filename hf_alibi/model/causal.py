@@ -1,16 +1,16 @@
-"""Causal ALiBi attention tile by tile: exact, in linear memory, and only where a head has something to see.
+"""Causal ALiBi attention tile by tile: exact, in linear memory, without the keys beyond a head's window.
 
-The kernels of PyTorch know no window, no bias in a line and no offset into a cache; going through them
-tile by tile (`tiles.py`) needs none of that, forward or backward.
+PyTorch's fused kernels have no windows, no bias by offset and no offset into a cache. Calling them tile by tile
+(`tiles.py`) provides all three, in the forward and the backward pass.
 
-On the CPU the tiles are one operator, which autograd and compilers take as a whole: gradients are summed in place,
-where autograd would hold a padded copy of all keys' gradients for every tile, and a compiled model is compiled once
-for all lengths.
+On the CPU all tiles together are one custom operator, which autograd and compilers treat as a single node. It sums
+gradients in place; autograd would keep a padded copy of all key gradients for every tile. A compiled model needs one
+graph for all lengths.
 
-The operator has a first derivative in reverse mode, and no other. Under forward-mode AD (`torch.func.jvp`, `jacfwd`,
-`torch.autograd.forward_ad`) and under any transform of `torch.func` (`grad`, `vmap`, `jacrev`, `hessian`, nested as
-well) the tiles go through PyTorch's formula for attention instead, which is exact and has every derivative. Only a
-second backward pass (`create_graph=True`), which nothing announces, raises an error.
+The operator has a first derivative in reverse mode only. Forward-mode AD (`torch.func.jvp`, `jacfwd`,
+`torch.autograd.forward_ad`) and all transforms of `torch.func` (`grad`, `vmap`, `jacrev`, `hessian`, also nested) use
+PyTorch's plain attention for each tile instead. It is exact and has every derivative. A second backward pass
+(`create_graph=True`) cannot be detected in advance, so it raises an error.
 """
 
 import re
@@ -30,12 +30,15 @@ from .recording import is_compiled
 from .runs import Runs
 from .tiles import FULL_SPEED, Tile, in_pieces, joined, key_tiles, query_tiles
 
-SLOPE_GRAIN = 64  # keys to which the gradient of slopes takes distances together: fewer are more exact, and cost more
-NAMESPACE = re.sub(r"\W", "_", __name__)  # the copy of this file that comes with a model has operators of its own
+# Keys per group in the gradient of the slopes, in which distances are measured from the start of a group. Smaller
+# groups keep these distances small, hence rounding low, but add more columns to every matrix product.
+SLOPE_GRAIN = 64
+# Derived from the module name, because the copy of this file in a checkpoint registers operators of its own.
+NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
 def causal_attention(inputs: AttentionInputs) -> Tensor:
-    """Attention of queries that are the last of the keys, nothing but the future being hidden.
+    """Computes causal attention for queries that belong to the last keys, without padding.
 
     Returns:
         `[batch, heads, queries, head_dim]`.
@@ -43,15 +46,15 @@ def causal_attention(inputs: AttentionInputs) -> Tensor:
     query, slopes = inputs.query, inputs.slopes
     if is_one_operator(inputs.dropout, query, inputs.key, inputs.value, slopes):
         dtype = query.dtype
-        # float16 kernels are slower than float32 ones, several times so in the backward pass. The gradient of slopes
-        # is a sum in which much cancels, for which 16 bits are too few.
+        # float16 kernels are slower than float32 ones, several times so in the backward pass. The gradient of the
+        # slopes is a sum of large terms that cancel, which needs more precision than 16 bits.
         if slopes.requires_grad or dtype == torch.float16:
             inputs = inputs.to(slopes.dtype)
         output, _ = attention_in_tiles(inputs.query, inputs.key, inputs.value, slopes, inputs.windows, inputs.scaling)
         return output.to(dtype)
     outputs = []
     line = _line(query, inputs.key, slopes)
-    # All heads look at every key here, so a tile holds all of them.
+    # Without windows every head sees the same keys, so a tile contains all heads.
     for tile in query_tiles(query, inputs.key, None):
         states = tile.of_queries(query).flip(2), tile.of_keys(inputs.key), tile.of_keys(inputs.value)
         bias = tile.bias(line, _corner(tile, query.shape[2]))
@@ -60,24 +63,28 @@ def causal_attention(inputs: AttentionInputs) -> Tensor:
 
 
 def is_one_operator(dropout: float, query: Tensor, *others: Tensor) -> bool:
-    """Whether `causal_attention` is a single operator for these tensors, rather than a loop of kernels."""
+    """Whether `causal_attention` uses the custom operator for these tensors, not a loop of kernel calls."""
     return query.device.type == "cpu" and not dropout and has_own_operator() and not is_transformed(query, *others)
 
 
 def is_transformed(*tensors: Tensor) -> bool:
-    """Whether a transform of `torch.func` or forward-mode AD asks more of these tensors than backward does."""
+    """Whether a transform of `torch.func` or forward-mode AD needs derivatives that the custom operator lacks."""
     if TRANSFORMS_ARE_ACTIVE is not None and TRANSFORMS_ARE_ACTIVE():
         return True
-    # A compiled graph is traced anew under forward-mode AD, and PyTorch refuses what it cannot differentiate.
+    # While compiling there is nothing to check: a graph is traced again under forward-mode AD, and PyTorch raises an
+    # error for operators that it cannot differentiate.
     return not is_compiled() and any(unpack_dual(states).tangent is not None for states in tensors)
 
 
 def attention_in_runs(inputs: AttentionInputs, runs: Runs) -> Tensor:
-    """Attention of runs of tokens, each by itself, as if it were alone; the result is as in `causal_attention`.
+    """Computes causal attention separately for every run of tokens.
 
     Args:
         inputs: The whole batch.
-        runs: Which queries and keys belong together. Queries in no run get zeros.
+        runs: Which queries and keys belong together.
+
+    Returns:
+        `[batch, heads, queries, head_dim]`, with zeros for queries in no run.
     """
     batch, heads, num_queries, head_dim = inputs.query.shape
     query = _flat(inputs.query, runs.queries)
@@ -93,16 +100,24 @@ def attention_in_runs(inputs: AttentionInputs, runs: Runs) -> Tensor:
 
 
 def _flat(states: Tensor, index: Tensor | None) -> Tensor:
-    """Puts the texts of a batch one after another and takes the tokens at `index`: `[1, heads, tokens, head_dim]`."""
+    """Concatenates the rows of a batch and returns the tokens at `index`, `[1, heads, tokens, head_dim]`."""
     flat = states.transpose(1, 2).flatten(0, 1)  # [batch * tokens, heads, head_dim]
     return (flat if index is None else flat.index_select(0, index)).transpose(0, 1)[None]
 
 
 def kernel(inputs: AttentionInputs, bias: Tensor) -> Tensor:
-    """PyTorch's attention with a bias `[batch or 1, heads, queries, keys]`, of higher precision where it can be."""
+    """Computes PyTorch's attention with a bias.
+
+    Args:
+        inputs: `inputs.slopes` and `inputs.windows` are not used.
+        bias: `[batch or 1, heads, queries, keys]`. On the CPU it keeps a higher precision than the queries.
+
+    Returns:
+        `[batch, heads, queries, head_dim]`.
+    """
     query, key, value, dtype = inputs.query, inputs.key, inputs.value, inputs.query.dtype
     if query.device.type != "cpu":
-        # Only the CPU's kernels read a bias of overlapping strides and of another dtype than the queries'.
+        # Only the CPU kernels accept a bias with overlapping strides or with a dtype other than that of the queries.
         bias = bias.to(dtype, copy=True, memory_format=torch.contiguous_format)
     backend: Any = nullcontext()
     if is_transformed(query, key, value, bias):
@@ -116,24 +131,24 @@ def kernel(inputs: AttentionInputs, bias: Tensor) -> Tensor:
             attn_mask=bias.expand(query.shape[0], -1, -1, -1),
             dropout_p=inputs.dropout,
             scale=inputs.scaling,
-            # Decides on symbols while a graph is compiled; `bool()` would ask for their values.
+            # The comparison works on symbolic sizes while a graph is compiled; `bool()` would need their values.
             enable_gqa=True if query.shape[1] != key.shape[1] else False,  # noqa: SIM210
         )
     return output.to(dtype)
 
 
 def _line(query: Tensor, key: Tensor, slopes: Tensor) -> Tensor:
-    """Returns the bias by offset, as far as any tile has it."""
+    """Returns the bias by offset, `[heads, offsets]`, for all offsets that occur in a tile."""
     return causal_line(slopes, behind=key.shape[2] - 1, ahead=min(FULL_SPEED, query.shape[2]) - 1)
 
 
 def _corner(tile: Tile, num_queries: int) -> int:
-    """Returns where the line has the bias of the tile's last query and first key."""
+    """Returns the index into the line at which the tile's last query meets its first key."""
     return num_queries - tile.queries.stop + tile.keys.start
 
 
 def _with_dense_rows(states: Tensor) -> Tensor:
-    """The kernels called below read the last dimension at stride 1, and do not check."""
+    """Returns states with stride 1 in the last dimension, which the kernels below assume without a check."""
     return states if states.stride(-1) == 1 else states.contiguous()
 
 
@@ -141,10 +156,11 @@ def _with_dense_rows(states: Tensor) -> Tensor:
 def attention_in_tiles(
     query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, windows: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """The tiles through the CPU's flash kernel; arguments as in `causal_attention`.
+    """Computes causal attention tile by tile with the CPU's flash kernel.
 
     Returns:
-        The output, and the logarithm of each softmax's sum, `[batch, heads, queries]`.
+        The output `[batch, heads, queries, head_dim]`, and `[batch, heads, queries]`, the logarithm of the sum of
+        exponentials in each softmax.
     """
     query, key, value = (_with_dense_rows(states) for states in (query, key, value))
     batch, _, num_queries, _ = query.shape
@@ -160,7 +176,8 @@ def attention_in_tiles(
         )
         for into, result in zip((output, logsumexp), results, strict=True):
             tile.of_queries(into).copy_(result.flip(2))
-        del results, result  # before the next tile takes as much memory
+        # Frees the memory before the next tile needs as much again.
+        del results, result
     return output, logsumexp
 
 
@@ -188,13 +205,24 @@ def attention_in_tiles_backward(
     scaling: float,
     of_slopes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of query, key, value and slopes, given that of the output and what forward returned.
+    """Returns the gradients of query, key, value and slopes.
 
-    That of the slopes is 0 unless asked for with `of_slopes`.
+    Args:
+        grad_output: `[batch, heads, queries, head_dim]`.
+        query: As in the forward pass, like the next five arguments.
+        key: See `query`.
+        value: See `query`.
+        slopes: See `query`.
+        windows: See `query`.
+        output: The first result of the forward pass.
+        logsumexp: The second result of the forward pass.
+        scaling: As in the forward pass.
+        of_slopes: Whether to compute the gradient of the slopes. It is 0 otherwise.
     """
     grad_output, query, key, value = (_with_dense_rows(states) for states in (grad_output, query, key, value))
     reverse = _line(query, key, slopes).flip(1)
-    grad_query = torch.zeros_like(query, dtype=slopes.dtype)  # a sum over tiles; that of keys is a tile's own
+    # Tiles add to the gradients of queries, so these are summed in high precision. Each key is in one tile only.
+    grad_query = torch.zeros_like(query, dtype=slopes.dtype)
     grad_key, grad_value, grad_slopes = torch.zeros_like(key), torch.zeros_like(value), torch.zeros_like(slopes)
     head_dim = query.shape[3]
     for tile in map(in_pieces, joined(key_tiles(query, key, windows))):
@@ -220,20 +248,24 @@ def attention_in_tiles_backward(
         tile.add_queries(grad_query, dq[..., :head_dim])
         tile.put_keys(grad_key, dk[..., :head_dim].flip(2))
         tile.put_keys(grad_value, dv[..., :head_dim].flip(2))
-        del dq, dk, dv  # before the next tile takes as much memory
+        # Frees the memory before the next tile needs as much again.
+        del dq, dk, dv
     return grad_query.to(query.dtype), grad_key, grad_value, grad_slopes
 
 
 def _with_slope_columns(
     grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor
 ) -> tuple[Tensor, ...]:
-    """Adds columns that change no score, and whose gradient in the queries gives that of the slopes.
+    """Returns the tensors with additional columns, from whose query gradients the gradient of the slopes follows.
 
-    The bias m (j - i) has the derivative j - i in m. The gradient of a query's element is a sum over keys: the
-    gradient of each score times that element of the key. The elements added here are 0 in the queries. In the keys,
-    the first is the distance to the first key of the same grain, and the others say which grain that is;
-    `_slopes_of_tile` makes j - i of them. Distances from further away would cancel in the sum, but their rounding
-    would not.
+    The bias m (j - i) has the derivative j - i with respect to m. So the gradient of m is the sum, over queries and
+    keys, of j - i times the gradient of the score. The kernel computes such sums for every column of the queries: the
+    sum over keys of that column of the key times the gradient of the score.
+
+    The additional columns are 0 in the queries, so no score changes. Keys are divided into groups of `SLOPE_GRAIN`. In
+    the keys, the first column is the distance to the first key of the group, and the others are 1 for the own group
+    and 0 otherwise. `_slopes_of_tile` combines these sums into j - i. The full distance in one column would be less
+    precise: large distances cancel in the sum, but their rounding errors do not.
     """
     offsets = torch.arange(key.shape[2] - 1, -1, -1)
     columns = torch.cat([offsets[:, None] % SLOPE_GRAIN, F.one_hot(offsets // SLOPE_GRAIN)], -1).to(key.dtype)
@@ -248,8 +280,9 @@ def _slopes_of_tile(tile: Tile, past: int, columns: Tensor) -> Tensor:
 
     Args:
         tile: The tile.
-        past: Keys before the first query.
-        columns: `[batch, heads or blocks, num_queries, 1 + grains]`, the gradients of those of the queries.
+        past: Number of keys before the first query.
+        columns: `[batch, heads or blocks, num_queries, 1 + groups]`, the gradients of the query columns that
+            `_with_slope_columns` adds.
     """
     blocks = torch.arange(tile.blocks)[:, None, None] * (tile.key_step - tile.query_step)
     queries = torch.arange(tile.num_queries)[:, None] + tile.queries.start + past
@@ -279,7 +312,7 @@ def _backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(
-        "sdpa has no second derivative on the CPU; to differentiate twice, use torch.func.grad, or call "
+        "sdpa has no second derivative on the CPU. To differentiate twice, use torch.func.grad, or call "
         "model.set_attn_implementation('eager')."
     )
 

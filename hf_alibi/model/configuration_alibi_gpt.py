@@ -1,4 +1,4 @@
-"""The configuration of an AlibiGPT model: its shape, and the choices that change what it computes."""
+"""The configuration of an AlibiGPT model: its shape, and all options that change what it computes."""
 
 import math
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,20 +13,21 @@ from .unknown_fields import nearest_field, warn_of_unknown_fields
 from .windows import WindowGuarantee, qk_norm_guarantee
 
 if TYPE_CHECKING:
-    Size = int | Any  # a number, once the config is made: `__post_init__` replaces None
+    # `__post_init__` replaces `None` by a number.
+    Size = int | Any
 else:
     Size = int | None
 
 DEFAULT_TRAINING_LENGTH = 512
 
 LONGEST_TEXT = 2**24
-"""Tokens that a text may have. Up to here float32 holds every distance between two tokens exactly."""
+"""Maximum number of tokens in a text. Up to this length, float32 represents every distance exactly."""
 
 SLOPE_RANGE = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max / LONGEST_TEXT)
-"""Least and largest slope in nats per token.
+"""Smallest and largest slope in nats per token.
 
-Below, float32 loses digits, and devices that flush small numbers make it zero. Above, the penalty of a distance that
-a text may have overflows.
+Smaller slopes lose precision in float32, and become zero on devices that flush subnormal numbers. With larger slopes,
+the penalty of the longest distance overflows.
 """
 POSITIVE_FIELDS = (
     "vocab_size",
@@ -43,7 +44,11 @@ POSITIVE_FIELDS = (
 
 
 def _check_scaling(scaling: dict[str, Any] | None) -> None:
-    """Raises `ValueError` for an `alibi_scaling` without a meaning."""
+    """Checks `alibi_scaling`.
+
+    Raises:
+        ValueError: If it is neither `None` nor a valid linear or dynamic scaling.
+    """
     if scaling is None or scaling == {"type": "dynamic"}:
         return
     factor = scaling.get("factor")
@@ -57,12 +62,16 @@ def _check_scaling(scaling: dict[str, Any] | None) -> None:
 
 
 def _one_training_length(training_length: int | None, first_name: int | None) -> int | None:
-    """Returns the training length that was given under its name or under its first name, `max_position_embeddings`."""
+    """Returns the training length, given under its name or under its former name, `max_position_embeddings`.
+
+    Raises:
+        ValueError: If both are given and differ.
+    """
     if first_name is None:
         return training_length
     if training_length not in (None, first_name):
         raise ValueError(
-            f"training_length is {training_length}, but max_position_embeddings, its first name, is {first_name}; "
+            f"training_length is {training_length}, but max_position_embeddings, its former name, is {first_name}; "
             "give training_length alone."
         )
     return first_name
@@ -72,49 +81,51 @@ def _one_training_length(training_length: int | None, first_name: int | None) ->
 class AlibiGPTConfig(PreTrainedConfig):
     """Configuration of a decoder-only language model with ALiBi in place of position embeddings.
 
-    The defaults are the shape of the WikiText-103 models of Press et al. (arXiv 2108.12409, section 4),
-    with RMSNorm, QK-norm, squared ReLU, a tied head and no biases. LayerNorm, biases, GELU and a norm
-    after the embedding give the shapes of BLOOM and MPT; `conversion/` has those of other models with ALiBi.
+    The defaults give the shape of the WikiText-103 models of Press et al. (arXiv 2108.12409, section 4), with RMSNorm,
+    QK-norm, squared ReLU, a tied output layer and no biases. With LayerNorm, biases, GELU and a norm after the
+    embedding, the config describes BLOOM and MPT. `conversion/` has the settings for other models with ALiBi.
 
     Args:
         vocab_size: Number of token embeddings.
         hidden_size: Width of the residual stream.
         num_hidden_layers: Number of decoder layers.
-        num_attention_heads: Number of query heads; each has a slope of its own.
-        num_key_value_heads: Number of key and value heads, a divisor of `num_attention_heads`; `None`
-            for one for each query head, 1 for multi-query attention.
+        num_attention_heads: Number of query heads. Each has its own slope.
+        num_key_value_heads: Number of key-value heads, a divisor of `num_attention_heads`: `None` for one per query
+            head, 1 for multi-query attention.
         head_dim: Width of a head; `None` for `hidden_size / num_attention_heads`.
         intermediate_size: Width of the feed-forward layer; `None` for four times `hidden_size`.
         hidden_act: Activation of the feed-forward layer, a name known to Transformers.
         mlp_gated: Whether the activation acts on a gate that multiplies the up projection: SwiGLU with
             `hidden_act="silu"`, GEGLU with `"gelu"` (arXiv 2002.05202). Adds a third projection of the same size.
-        training_length: Number of tokens in a training sequence; `None` for 512. A record, never a limit; beyond it
-            a dynamic `alibi_scaling` sets in. Its first name, `max_position_embeddings`, is still understood where
-            a config is made or loaded.
-        alibi_max_bias: Steepness of the slopes; see `alibi_slopes`.
-        alibi_slopes: One positive slope for each query head; `None` for the paper's.
-        alibi_slopes_trainable: Whether the slopes are learned, starting from these, by all layers together.
-        alibi_scaling: Position interpolation (arXiv 2310.13017); `None` for none. `{"type": "linear", "factor": f}`
-            divides every slope by f, at least 1. `{"type": "dynamic"}` divides them by n / `training_length` in a
-            forward pass whose longest text has n tokens, cached ones included, if that is above 1. Cached keys
-            and values hold no slopes and stay valid: each pass applies its own slopes to all of them. But what a
-            token became in an earlier pass, it became with the slopes of that pass; so with dynamic scaling,
-            beyond the training length, reading a text in pieces differs from reading it at once.
-        window_tolerance: Fraction of the attention that a head may lose by leaving out keys too far away to
-            matter, see `windows.py`; the default is the rounding of float32. 0 looks at every key.
+        training_length: Number of tokens in a training sequence; `None` for 512. It does not limit the length of a
+            text. A dynamic `alibi_scaling` takes effect beyond it. The former name `max_position_embeddings` is
+            accepted when a config is created or loaded.
+        alibi_max_bias: Exponent of the slopes, see `max_bias` of `alibi.alibi_slopes`.
+        alibi_slopes: One positive slope per query head; `None` for the slopes of the paper.
+        alibi_slopes_trainable: Whether the slopes are learned. All layers share them, and `alibi_slopes` are their
+            initial values.
+        alibi_scaling: Position interpolation (arXiv 2310.13017); `None` for no scaling.
+            `{"type": "linear", "factor": f}` divides every slope by f, which is at least 1.
+            `{"type": "dynamic"}` divides the slopes by n / `training_length` if this exceeds 1, where n is the number
+            of tokens in the longest text of the forward pass, cached tokens included. Each pass applies its own slopes
+            to all cached keys. But the cached keys and values of all layers except the first were computed with the
+            slopes of earlier passes. So beyond the training length, reading a text in pieces differs from reading it
+            at once.
+        window_tolerance: Fraction of the attention that a head may lose because distant keys are left out, see
+            `windows.py`. The default is the rounding of float32. With 0, no key is left out.
         qk_norm: Whether queries and keys get an RMSNorm over `head_dim`, which bounds every score.
-        clip_qkv: Queries, keys and values are clipped to [-`clip_qkv`, `clip_qkv`] as they leave their projections,
-            before QK-norm (MPT); `None` for no clipping.
+        clip_qkv: Queries, keys and values are clipped to [-`clip_qkv`, `clip_qkv`] after their projections and before
+            QK-norm (MPT); `None` for no clipping.
         attention_bias: Whether the projections of the attention have biases.
         mlp_bias: Whether the projections of the feed-forward layer have biases.
         norm_type: `"rmsnorm"` or `"layernorm"`.
         norm_bias: Whether LayerNorm has a bias; RMSNorm has none.
         norm_eps: Added to the variance in every norm.
-        embedding_norm: Whether the embeddings pass a norm before the first layer (BLOOM).
-        use_parallel_residual: Whether attention and feed-forward layer both read the input of their decoder layer
-            (Falcon); otherwise the feed-forward layer reads what the attention has added to.
-        hidden_dropout: Dropout of the embeddings and of what each layer adds to the residual stream.
-        attention_dropout: Dropout of the attention weights.
+        embedding_norm: Whether there is a norm between the embeddings and the first layer (BLOOM).
+        use_parallel_residual: Whether attention and feed-forward layer both get the input of their decoder layer
+            (Falcon). Otherwise the feed-forward layer gets the sum of this input and the output of the attention.
+        hidden_dropout: Dropout probability of the embeddings and of each layer's additions to the residual stream.
+        attention_dropout: Dropout probability of the attention weights.
         initializer_range: Standard deviation of the initial weights.
         use_cache: Whether forward returns keys and values for generation.
         tie_word_embeddings: Whether the output layer shares the embedding's weights.
@@ -123,10 +134,10 @@ class AlibiGPTConfig(PreTrainedConfig):
         eos_token_id: Token, or tokens, that end a text.
 
     Raises:
-        ValueError, StrictDataclassError: For values that no model can have; the message states them.
+        ValueError, StrictDataclassError: If a value is invalid; the message names it.
 
     Warns:
-        UserWarning: For fields that this model does not have, with the nearest that it has; they change nothing.
+        UserWarning: For fields that this model does not have. They have no effect; the message suggests others.
     """
 
     model_type = "alibi_gpt"
@@ -136,7 +147,8 @@ class AlibiGPTConfig(PreTrainedConfig):
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",  # a rank sees the gradient of its own heads
+        # Each rank computes the gradient of its own heads only, so gradients are summed over ranks.
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.o_proj": "rowwise",
         "layers.*.mlp.gate_proj": "colwise",
@@ -162,7 +174,8 @@ class AlibiGPTConfig(PreTrainedConfig):
     alibi_max_bias: int | float = 8.0
     alibi_slopes: list[int | float] | tuple[int | float, ...] | None = None
     alibi_slopes_trainable: bool = False
-    alibi_scaling: dict[str, Any] | None = validated_field(_check_scaling, default=None)  # on assignment too
+    # Validated on assignment too.
+    alibi_scaling: dict[str, Any] | None = validated_field(_check_scaling, default=None)
     window_tolerance: int | float = 2.0**-24
     qk_norm: bool = True
     clip_qkv: int | float | None = None
@@ -201,27 +214,29 @@ class AlibiGPTConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Makes a config of a dictionary, with `kwargs` in place of its fields, as `from_pretrained` does.
+        """Creates a config from a dictionary, for `from_pretrained`. `kwargs` override its fields.
 
         Raises:
-            ValueError: If `kwargs` have two different training lengths, one under its first name.
+            ValueError: If `kwargs` have two different training lengths, one under the former name.
         """
         first_name = kwargs.pop("max_position_embeddings", None)
         if first_name is not None:
             kwargs["training_length"] = _one_training_length(kwargs.get("training_length"), first_name)
-        if not kwargs.get("return_unused_kwargs"):  # Transformers drops what is no field; not all is meant for one
+        # Transformers drops names that are no fields. Many are meant for the model, so there is a warning only for
+        # those that are similar to a field.
+        if not kwargs.get("return_unused_kwargs"):
             others = [name for name in kwargs if not hasattr(cls, name)]
             warn_of_unknown_fields(cls, [name for name in others if nearest_field(cls, name, similarity=0.8)])
         return super().from_dict(config_dict, **kwargs)
 
     @property
     def max_position_embeddings(self) -> int:
-        """How many tokens the model may read: `LONGEST_TEXT`, whatever it was trained at.
+        """Maximum number of tokens in a text, `LONGEST_TEXT`, independent of the training length.
 
-        Evaluation harnesses, embedding libraries and servers look here for the length at which they must cut a text.
-        Without position embeddings there is no such length. The answer is where arithmetic ends: up to 2^24 tokens,
-        float32 holds every distance exactly. It is a number that every tool can compute with; some would fail on
-        infinity, on -1 or on `None`. `training_length` says what the model was trained at.
+        Evaluation harnesses, embedding libraries and servers truncate texts to this length. A model without position
+        embeddings has no natural limit, so this is the limit of the arithmetic: up to 2^24 tokens, float32 represents
+        every distance exactly. A finite number works in all tools; some fail on infinity, on -1 or on `None`.
+        `training_length` is the length that the model was trained with.
         """
         return LONGEST_TEXT
 
@@ -232,14 +247,14 @@ class AlibiGPTConfig(PreTrainedConfig):
 
     @property
     def slopes(self) -> list[float]:
-        """The slope of every query head, in nats per token of distance, before `alibi_scaling`."""
+        """Slope of every query head, in nats per token of distance, before `alibi_scaling`."""
         if self.alibi_slopes is None:
             return alibi_slopes(self.num_attention_heads, self.alibi_max_bias)
         return [float(slope) for slope in self.alibi_slopes]
 
     @property
     def slope_divisor(self) -> float:
-        """What `alibi_scaling` divides every slope by at any length: the factor of a linear one, otherwise 1."""
+        """The factor of a linear `alibi_scaling`, by which every slope is divided at any length; otherwise 1."""
         return (self.alibi_scaling or {}).get("factor", 1.0)
 
     @property
@@ -249,15 +264,15 @@ class AlibiGPTConfig(PreTrainedConfig):
 
     @property
     def windows_follow_from_weights(self) -> bool:
-        """Whether the windows of a layer are known before any data, given the gains of its QK-norm."""
+        """Whether the windows of a layer follow from the gains of its QK-norm alone."""
         return self.qk_norm and self.window_tolerance > 0 and not self.slopes_depend_on_length
 
     def window_guarantee(self) -> WindowGuarantee | None:
-        """Returns the head windows of every layer of a new model, in which QK-norm has gains of 1.
+        """Returns the head windows of every layer of a new model, in which all gains of QK-norm are 1.
 
-        `AlibiGPTModel.window_guarantees` returns those of the layers of a trained model. Both return `None` where
-        there is no guarantee before any data: without QK-norm, where windows follow from the queries and keys at hand;
-        with a dynamic `alibi_scaling`, where they grow with the text; with `window_tolerance=0`, where there are none.
+        `AlibiGPTModel.window_guarantees` returns the windows of each layer of a trained model. Both return `None` if
+        windows do not follow from the weights alone: without QK-norm, windows depend on the queries and keys; with a
+        dynamic `alibi_scaling`, they grow with the text; with `window_tolerance=0`, there are none.
         """
         if not self.windows_follow_from_weights:
             return None
@@ -266,10 +281,10 @@ class AlibiGPTConfig(PreTrainedConfig):
         return qk_norm_guarantee(slopes, gain, gain, self.window_tolerance)
 
     def validate_architecture(self) -> None:
-        """Checks that some model can have this shape.
+        """Checks the values of all fields.
 
         Raises:
-            ValueError: If not; it states the values.
+            ValueError: If a value is invalid or does not fit another one.
         """
         for name in POSITIVE_FIELDS:
             if not 0 < getattr(self, name) < math.inf:
@@ -296,7 +311,11 @@ class AlibiGPTConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
 
     def _check_slopes(self) -> None:
-        """Refuses slopes that float32 cannot hold, before `alibi_scaling` or after."""
+        """Checks that all slopes are in `SLOPE_RANGE`, before and after `alibi_scaling`.
+
+        Raises:
+            ValueError: If not.
+        """
         if self.alibi_slopes is None:
             origin = f"alibi_max_bias={self.alibi_max_bias} and {self.num_attention_heads} heads give slopes"
             slopes = alibi_slopes(self.num_attention_heads, self.alibi_max_bias)
@@ -304,10 +323,10 @@ class AlibiGPTConfig(PreTrainedConfig):
             origin, slopes = "alibi_slopes are", [float(slope) for slope in self.alibi_slopes]
         least, largest = SLOPE_RANGE
         if not all(least * self.slope_divisor <= slope <= largest for slope in slopes):
-            divided = f", to be divided by {self.slope_divisor}" if self.slope_divisor != 1 else ""
+            divided = f", which are divided by {self.slope_divisor}" if self.slope_divisor != 1 else ""
             raise ValueError(
-                f"{origin} from {min(slopes)} to {max(slopes)}{divided}; slopes must be positive and finite, and "
-                f"float32 can work with {least:.2g} to {largest:.2g}."
+                f"{origin} from {min(slopes)} to {max(slopes)}{divided}; slopes must be positive and finite, from "
+                f"{least:.2g} to {largest:.2g}, so that float32 can represent them and their biases."
             )
 
 

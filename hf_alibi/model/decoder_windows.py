@@ -1,6 +1,6 @@
-"""The windows of a whole decoder: from its norms, if these alone bound every score, and the cache made for them.
+"""The lossless windows of a whole decoder, and the windowed cache that is made for them.
 
-A window is computed only from norms that are known to be the ones that run, with whole weights (`norms.known_gain`).
+Windows are computed from the gains of QK-norm, if these alone bound every score (`norms.known_gain`).
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from .windows import WindowGuarantee, qk_norm_guarantee
 
 
 def window_guarantees(decoder: Any) -> list[WindowGuarantee] | None:
-    """Returns the windows of each layer of an `AlibiGPTModel`, see its method of this name."""
+    """Returns the windows of each layer, see `AlibiGPTModel.window_guarantees`."""
     gains = _known_gains(decoder) if decoder.config.windows_follow_from_weights else None
     if gains is None:
         return None
@@ -24,7 +24,7 @@ def window_guarantees(decoder: Any) -> list[WindowGuarantee] | None:
 
 
 def windowed_cache(decoder: Any, offloading: bool) -> WindowedCache | None:
-    """Returns an empty cache for an `AlibiGPTModel`, see its method of this name."""
+    """Returns an empty cache, see `AlibiGPTModel.windowed_cache`."""
     is_here = not any(hasattr(weight, "device_mesh") or weight.is_meta for weight in decoder.parameters())
     can_be_read = is_here and decoder.config._attn_implementation == "sdpa"
     guarantees = window_guarantees(decoder) if can_be_read else None
@@ -36,32 +36,37 @@ def windowed_cache(decoder: Any, offloading: bool) -> WindowedCache | None:
 
 
 def check_windowed_cache(decoder: Any, cache: WindowedCache) -> None:
-    """Raises `ValueError` if attention cannot read this cache, or its windows are not those of the weights."""
+    """Checks that the model can use this cache.
+
+    Raises:
+        ValueError: If the backend cannot read it, if the model is being exported, or if the weights or modules from
+            which its windows were computed have changed.
+    """
     if decoder.config._attn_implementation != "sdpa":
         raise ValueError(
-            f"Only sdpa reads a WindowedCache, not {decoder.config._attn_implementation}; pass a DynamicCache."
+            f"Only sdpa can read a WindowedCache, not {decoder.config._attn_implementation}; pass a DynamicCache."
         )
     if is_exported():
         raise ValueError(
-            "An exported program would hold the WindowedCache at the length that it has now; pass a DynamicCache, "
-            "or cache_implementation='dynamic' in the generation config."
+            "An exported program would fix the WindowedCache at its current length; pass a DynamicCache, or set "
+            "cache_implementation='dynamic' in the generation config."
         )
     if cache.made_for is None:
         return
     now = _slopes_and_gains(decoder)
-    # A draft model that exits early uses the first layers of the cache.
+    # A draft model with early exit has fewer layers than the cache.
     if now is None or not torch.equal(now, cache.made_for[: len(now)].to(now)):
         raise ValueError(
-            "This WindowedCache was made when the slopes or the norms of queries and keys were others: weights "
-            "have changed since, or an adapter, a hook or sharding has been added. Its windows may be too narrow "
-            "now; call model.windowed_cache() again, or pass a DynamicCache."
+            "This WindowedCache was made for other slopes or other norms of queries and keys: weights have changed "
+            "since, or an adapter, a hook or sharding has been added. Its windows may be too narrow now; call "
+            "model.windowed_cache() again, or pass a DynamicCache."
         )
 
 
 def _known_gains(decoder: Any) -> list[tuple[Tensor, Tensor]] | None:
-    """Returns the gains of queries and keys of each layer, or `None` if those of any layer are not known."""
+    """Returns the gains of queries and keys of each layer, or `None` if they do not bound all scores."""
     layers = decoder.layers[: decoder.config.num_hidden_layers]
-    # Another pipeline stage has these layers without attention.
+    # With pipeline parallelism, layers of other stages have no attention here.
     attentions = [getattr(layer, "self_attn", None) for layer in layers]
     gains = [attention.known_gains() for attention in attentions if type(attention) is AlibiGPTAttention]
     known = [pair for pair in gains if pair is not None]
@@ -69,7 +74,7 @@ def _known_gains(decoder: Any) -> list[tuple[Tensor, Tensor]] | None:
 
 
 def _slopes_and_gains(decoder: Any) -> Tensor | None:
-    """Returns what windows follow from in one row; `None` if not all of it is known."""
+    """Returns slopes and gains, from which windows follow, in one dimension; `None` if the gains are unknown."""
     gains = _known_gains(decoder)
     if gains is None:
         return None

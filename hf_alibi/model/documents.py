@@ -1,20 +1,20 @@
-"""Where documents end: every way to say it, turned into one fact.
+"""Documents in a row: every description of where they begin is converted into one tensor, `first`.
 
-The fact is `first`, `[batch, queries]`: the position at which the document of each query begins. A position counts the
-visible tokens before a token in its row; padding does not count. A query sees the keys from `first` up to itself.
+`first`, `[batch, queries]`, is the position at which the document of each query begins. A position is the number of
+tokens before a token in its row, without padding. A query sees the keys from `first` up to itself.
 
-These arguments say it. Given together they must agree.
+The following arguments describe documents. If several are given, they must agree.
 
-- `position_ids`, `[batch or 1, queries]`: positions go on by one within a document. One that does not exceed the one
-  before it begins a document, at 0 or at any other number. They may count padding or leave it out, but not jump.
-- `attention_mask`, `[batch or 1, tokens]`: 0 for padding, and where any number exceeds 1, the number of the document.
-- `seq_idx`, `[batch or 1, tokens]`: the number of the document, from 0.
-- `cu_seq_lens_q` and `cu_seq_lens_k`: where documents begin and end in the flattened batch, as FlashAttention takes
-  it.
+- `position_ids`, `[batch or 1, queries]`: positions increase by one within a document. A position that does not exceed
+  the previous one begins a document, at 0 or at any other number. Positions may count padding or skip it, but they
+  must not jump.
+- `attention_mask`, `[batch or 1, tokens]`: 0 for padding. If any number exceeds 1, numbers are document numbers.
+- `seq_idx`, `[batch or 1, tokens]`: document numbers, from 0.
+- `cu_seq_lens_q` and `cu_seq_lens_k`: the bounds of documents in the flattened batch, as FlashAttention takes them.
 
-With a cache, tokens are the cached ones and the new ones together, so that the last three say by themselves how far
-back a document reaches. Positions say it by their distance from the document's first one. That number is noted on the
-cache, because later passes do not show it.
+With a cache, `tokens` are the cached and the new ones together. The last three therefore show how far back a document
+reaches. With `position_ids` this is the difference from the first position of the document. Later passes do not
+contain that position, so it is stored on the cache.
 """
 
 from typing import Any, NamedTuple
@@ -24,11 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-NOTE = "alibi_documents"  # the attribute of a cache that holds its `CachedDocuments`
+# The attribute of a cache in which its `CachedDocuments` are stored.
+NOTE = "alibi_documents"
 
 
 class Packing(NamedTuple):
-    """The arguments besides positions and mask that say where documents end, named as Transformers passes them."""
+    """The arguments besides positions and mask that describe documents. Transformers gives them their names."""
 
     seq_idx: Tensor | None = None
     cu_seq_lens_q: Tensor | None = None
@@ -38,20 +39,20 @@ class Packing(NamedTuple):
 
     @classmethod
     def taken_from(cls, arguments: dict[str, Any]) -> "Packing":
-        """Removes these arguments from others and returns them."""
+        """Removes these arguments from `arguments` and returns them."""
         return cls(**{name: arguments.pop(name) for name in cls._fields if name in arguments})
 
     def names(self) -> list[str]:
-        """Returns the arguments that are given."""
+        """Returns the names of the arguments that are given."""
         return [name for name, value in self._asdict().items() if value is not None]
 
 
 class CachedDocuments(NamedTuple):
-    """What a cache's tokens do not show of their documents.
+    """Facts about the documents in a cache that its keys do not show.
 
     Attributes:
-        start: The number that positions begin with in the last document of every row; `None`: it differs.
-        several: Whether a row holds more than one document.
+        start: The first of the `position_ids` in the last document of every row; `None` if rows differ.
+        several: Whether any row contains more than one document.
     """
 
     start: int | None = 0
@@ -62,13 +63,13 @@ class Pass(NamedTuple):
     """The tokens of a forward pass.
 
     Attributes:
-        slots: `[batch, queries]`, where the queries are among the keys.
-        queries: `[batch, queries]`, their positions.
+        slots: `[batch, queries]`, indices of the queries among the keys.
+        queries: `[batch, queries]`, positions.
         real: `[batch, queries]`, False at padding.
         keys: `[batch, keys]`, positions.
-        key_mask: `[batch, keys]`, False at padding and where there is no token yet.
-        past: Number of cached tokens; a tensor while tracing.
-        tracing: Whether the pass is compiled, exported or traced: then no value can be looked at.
+        key_mask: `[batch, keys]`, False at padding and in unused slots of a static cache.
+        past: Number of cached tokens. It may be a tensor while tracing.
+        tracing: Whether the pass is compiled, exported or traced, so that values of tensors are unknown.
     """
 
     slots: Tensor
@@ -83,21 +84,21 @@ class Pass(NamedTuple):
 def document_starts(
     tokens: Pass, position_ids: Tensor | None, numbers: Tensor | None, packing: Packing, cache: Cache | None
 ) -> Tensor | None:
-    """Returns where the documents of the queries begin, `[batch, queries]`, and notes on the cache what it must keep.
+    """Returns where the documents of the queries begin, and stores on the cache what later passes need.
 
     Args:
-        tokens: The pass.
+        tokens: The tokens of the pass.
         position_ids: `[batch or 1, queries]`.
-        numbers: `[batch, keys]`, the attention mask if it can hold document numbers.
-        packing: The other arguments.
-        cache: The cache, before it gets the keys of this pass.
+        numbers: `[batch, keys]`, the attention mask if it may contain document numbers.
+        packing: The other arguments that describe documents.
+        cache: The cache before this pass.
 
     Returns:
-        Positions, or `None` if every row is one document.
+        Positions `[batch, queries]`, or `None` if every row is one document.
 
     Raises:
-        ValueError: If an argument does not fit or contradicts another, or if nothing says to which of several cached
-            documents the new tokens belong.
+        ValueError: If an argument has the wrong shape or values, or contradicts another. Also if the cache contains
+            several documents and no argument tells to which one the new tokens belong.
     """
     note = _read(cache, tokens.past)
     found: dict[str, Tensor] = {}
@@ -108,7 +109,9 @@ def document_starts(
     if packing.cu_seq_lens_q is not None or packing.cu_seq_lens_k is not None:
         found["cu_seq_lens"] = _starts_by_number(tokens, _numbers_from_bounds(tokens, packing), "cu_seq_lens_k")
     elif packing.max_length_q is not None or packing.max_length_k is not None:
-        raise ValueError("max_length_q and max_length_k say nothing without cu_seq_lens_q and cu_seq_lens_k.")
+        raise ValueError(
+            "max_length_q and max_length_k need cu_seq_lens_q and cu_seq_lens_k; give these too, or leave both out."
+        )
     begins = None
     if position_ids is not None:
         known = next(iter(found.values()), None)
@@ -125,30 +128,39 @@ def document_starts(
 
 
 def check_one_document(cache: Cache | None, past: int | Tensor) -> None:
-    """Checks that a pass need not say where documents end.
+    """Checks that a pass without a description of documents is unambiguous.
 
     Raises:
-        ValueError: If the cache holds several documents.
+        ValueError: If the cache contains several documents.
     """
     if _read(cache, past).several:
         raise ValueError(
-            "The cache holds several documents, and nothing says which of their tokens the new ones see: give "
-            "position_ids that go on in the last document, or an attention_mask of document numbers."
+            "The cache holds several documents, and nothing says which of them the new tokens continue: give "
+            "position_ids that continue the last document, or an attention_mask of document numbers."
         )
+    # A cache that was reset still has the note of its earlier use.
     if isinstance(past, int) and past == 0 and hasattr(cache, NOTE):
-        delattr(cache, NOTE)  # it has been in use before
+        delattr(cache, NOTE)
 
 
 def latest(flags: Tensor, values: Tensor) -> Tensor:
-    """Returns for every token the value at the last flagged token up to it, 0 before the first; `[batch, tokens]`."""
+    """Returns for every token the value at the last flagged token up to and including it, `[batch, tokens]`.
+
+    Tokens before the first flagged one get 0.
+
+    Args:
+        flags: `[batch, tokens]`, boolean.
+        values: `[batch, tokens]`.
+    """
     number = flags.long().cumsum(1)
     table = F.pad(torch.zeros_like(values), (1, 0)).scatter(1, number * flags, values * flags)
     return table.gather(1, number)
 
 
 def _before(flags: Tensor, values: Tensor) -> Tensor:
-    """Returns for every token the value at the last flagged token before it."""
-    return F.pad(latest(flags, values), (1, 0))[:, :-1]  # padded first: a size of tokens - 1 would narrow a graph
+    """Returns for every token the value at the last flagged token before it, `[batch, tokens]`."""
+    # Pads before slicing: a size of tokens - 1 would restrict an exported graph to fewer lengths.
+    return F.pad(latest(flags, values), (1, 0))[:, :-1]
 
 
 def _check_integers(name: str, values: Any, batch: int) -> None:
@@ -159,7 +171,7 @@ def _check_integers(name: str, values: Any, batch: int) -> None:
 
 
 def _starts_by_number(tokens: Pass, numbers: Tensor, name: str) -> Tensor:
-    """Returns where documents begin, for the queries, from a number for every key: `[batch, queries]`."""
+    """Returns where the documents of the queries begin, `[batch, queries]`, from the document number of every key."""
     real = tokens.key_mask
     begins = real & ((numbers != _before(real, numbers)) | (tokens.keys == 0))
     if not tokens.tracing:
@@ -167,8 +179,8 @@ def _starts_by_number(tokens: Pass, numbers: Tensor, name: str) -> Tensor:
         distinct = (F.pad(ordered, (1, 0), value=-1).diff(dim=1) > 0).sum(1)
         if bool((begins.sum(1) > distinct).any()):
             raise ValueError(
-                f"{name} numbers a document whose tokens lie apart, with another document between them: a document "
-                "must be in one piece."
+                f"{name} has a document with another document between its tokens; the tokens of a document must be "
+                "contiguous."
             )
     return latest(begins, tokens.keys).gather(1, tokens.slots)
 
@@ -185,7 +197,9 @@ def _of_all_keys(tokens: Pass, seq_idx: Tensor) -> Tensor:
                 f"{tokens.slots.shape[1]} new ones."
             )
         if bool((seq_idx < 0).any()):
-            raise ValueError("seq_idx must number documents from 0; padding is for the attention_mask to say.")
+            raise ValueError(
+                "seq_idx must not be negative, because it numbers documents from 0; use attention_mask for padding."
+            )
     seq_idx = seq_idx.to(tokens.keys).expand(batch, -1)
     return F.pad(seq_idx, (0, max(0, num_keys - seq_idx.shape[1])))[:, :num_keys]
 
@@ -194,7 +208,7 @@ def _numbers_from_bounds(tokens: Pass, packing: Packing) -> Tensor:
     """Returns the document numbers of all keys, `[batch, keys]`, from cumulative lengths."""
     bounds_q, bounds_k = packing.cu_seq_lens_q, packing.cu_seq_lens_k
     if bounds_q is None or bounds_k is None:
-        raise ValueError("cu_seq_lens_q and cu_seq_lens_k belong together; give both.")
+        raise ValueError("Only one of cu_seq_lens_q and cu_seq_lens_k is given; give both.")
     past = tokens.past
     if isinstance(past, Tensor):
         raise ValueError("A graph with a static cache cannot take cu_seq_lens; give position_ids.")
@@ -207,13 +221,13 @@ def _numbers_from_bounds(tokens: Pass, packing: Packing) -> Tensor:
     ):
         raise ValueError(
             f"cu_seq_lens_q={bounds_q.tolist()} and cu_seq_lens_k={bounds_k.tolist()} contradict each other: the "
-            f"queries of a document must be the last of its keys, of which {past} a row are cached."
+            f"queries of a document must be the last of its keys, and each row has {past} cached keys."
         )
     return F.pad(of_keys, (0, num_keys - length))
 
 
 def _numbers(name: str, bounds: Tensor, longest: int | None, batch: int, length: int, tokens: Pass) -> Tensor:
-    """Returns the number of the document of every token, `[batch, length]`, from the bounds of all documents."""
+    """Returns the document number of every token, `[batch, length]`, from the bounds of all documents."""
     if not isinstance(bounds, Tensor) or bounds.dim() != 1 or bounds.is_floating_point():
         raise ValueError(f"{name} must be a tensor of integers [documents + 1].")
     bounds = bounds.to(tokens.keys)
@@ -238,20 +252,31 @@ def _numbers(name: str, bounds: Tensor, longest: int | None, batch: int, length:
 def _starts_by_position(
     tokens: Pass, position_ids: Tensor, start: int | None, known: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Returns where documents begin and with which number, for the queries, from positions; both `[batch, queries]`.
+    """Returns where the documents of the queries begin, and the first of their `position_ids`.
 
-    The first token of the pass goes on in a document of the cache if its position exceeds `start`. By as many tokens
-    the document reaches back. A position may jump only where by `known`, `[batch, queries]`, a document begins.
+    The first token of a pass continues a cached document if its position exceeds `start`. The difference is the number
+    of tokens by which the document reaches back.
+
+    Args:
+        tokens: The tokens of the pass.
+        position_ids: `[batch or 1, queries]`.
+        start: The first of the `position_ids` in the last cached document; `None` if rows differ.
+        known: `[batch, queries]`, where documents begin by another argument. Only there may positions jump.
+
+    Returns:
+        Two tensors `[batch, queries]`.
     """
     batch, num_queries = tokens.slots.shape
     _check_integers("position_ids", position_ids, batch)
     if position_ids.shape[1] != num_queries:
-        raise ValueError(f"position_ids has {position_ids.shape[1]} columns; it must have {num_queries}, one a query.")
+        raise ValueError(
+            f"position_ids has {position_ids.shape[1]} columns; it must have {num_queries}, one for each new token."
+        )
     if start is None:
         raise ValueError(
             "The cached documents begin with different position_ids in different rows, so the new position_ids do not "
-            "say how far back a document reaches: let all begin with the same, give an attention_mask of document "
-            "numbers in their place, or pass use_cache=False."
+            "show how far back a document reaches. Begin all documents with the same number, pass an attention_mask "
+            "of document numbers instead, or pass use_cache=False."
         )
     positions = position_ids.to(tokens.queries).expand(batch, -1)
     queries, real = tokens.queries, tokens.real
@@ -266,15 +291,16 @@ def _starts_by_position(
     begins = real & (leads | explained | (step < 1))
     reached = (queries - reach).clamp(min=0)
     first = latest(begins, torch.where(goes_on, reached, queries))
-    first = torch.where(order > 0, first, reached)  # padding in front of all tokens
+    # Padding before the first token of the pass.
+    first = torch.where(order > 0, first, reached)
     number = latest(begins, torch.where(goes_on, start, positions))
     too_far = too_far & ~explained
     if not tokens.tracing and bool(too_far.any()):
         row, column = too_far.nonzero()[0].tolist()
         raise ValueError(
-            f"position_ids jump to {int(positions[row, column])} at token {column} of row {row}, further than there "
-            "are tokens. ALiBi's distances count the tokens between; let positions go on by one, or give an "
-            "attention_mask with four dimensions, which leaves distances to position_ids."
+            f"position_ids jump to {int(positions[row, column])} at token {column} of row {row}, by more than the "
+            "number of tokens. ALiBi's distances count the tokens in between. Increase positions by one, or pass an "
+            "attention_mask with four dimensions, with which position_ids decide the distances."
         )
     return first, number
 
@@ -286,8 +312,8 @@ def _agreed(found: dict[str, Tensor], real: Tensor) -> Tensor:
         if bool(differs.any()):
             row, column = differs.nonzero()[0].tolist()
             raise ValueError(
-                f"{name} and {other} contradict each other: by the first, the document of token {column} in row {row} "
-                f"begins at token {int(first[row, column])} of the text, by the other at {int(starts[row, column])}."
+                f"{name} and {other} contradict each other: the document of token {column} in row {row} begins at "
+                f"token {int(first[row, column])} by {name}, but at token {int(starts[row, column])} by {other}."
             )
     return first
 

@@ -1,9 +1,8 @@
-"""Attention from the formula: scores, bias, softmax. The reference for every other backend.
+"""Attention by the formula, the reference for every other backend.
 
     softmax(q k^T scaling - m |i - j|) v
 
-Scores and weights are stored as a whole, in float32 or better. Source: Press, Smith, Lewis (arXiv 2108.12409),
-section 3.
+All scores and weights are stored, in float32 or float64. Source: Press, Smith, Lewis (arXiv 2108.12409), section 3.
 """
 
 from typing import Any
@@ -25,16 +24,16 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention from the formula, in float32 or better.
+    """Computes attention by the formula, in float32 or float64.
 
     Args:
         module: The attention module, for `local_slopes`.
         query: `[batch, heads, queries, head_dim]`.
         key: `[batch, key_value_heads, keys, head_dim]`.
         value: `[batch, key_value_heads, keys, head_dim]`.
-        attention_mask: Positions and visibility of the tokens. The name is Transformers' for this argument.
+        attention_mask: Positions and visibility of the tokens. Transformers gives this argument its name.
         scaling: Factor of the scores before the bias is added.
-        dropout: Probability of dropping an attention weight; the caller passes 0 outside training.
+        dropout: Probability of dropping an attention weight. The caller passes 0 outside training.
 
     Returns:
         The output `[batch, queries, heads, head_dim]` and the weights `[batch, heads, queries, keys]`.

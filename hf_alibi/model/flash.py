@@ -1,10 +1,10 @@
-"""FlashAttention 2 with ALiBi: the kernel adds -m |i - j| by itself, given the slopes.
+"""FlashAttention 2 with ALiBi: given the slopes, the kernel itself adds -m |i - j|.
 
-It takes whole causal sequences, the queries being the last of the keys. Padding, documents and caches become
-runs (`runs.py`), within which distances are those of a plain text, as the kernel assumes.
+The kernel takes whole causal sequences in which the queries belong to the last keys. Batches with padding, documents
+or caches are cut into runs (`runs.py`). Within a run, distances are differences of indices, as the kernel assumes.
 
 Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning"
-(arXiv 2307.08691); ALiBi came to its package, flash-attn, with version 2.4.
+(arXiv 2307.08691). The package flash-attn supports ALiBi since version 2.4.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from .inputs import AttentionInputs, attention_inputs
 from .layout import TokenLayout
 
 HOW_TO_GET_FLASH_ATTENTION = (
-    "On a CUDA machine, `pip install flash-attn` builds it and `pip install kernels` fetches it built; "
+    "On a CUDA machine, `pip install flash-attn` builds it, and `pip install kernels` downloads a built version; "
     "sdpa needs neither."
 )
 
@@ -32,13 +32,16 @@ def flash_attention_2_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention through FlashAttention 2; arguments as in `eager_attention_forward`, but no weights.
+    """Computes attention with FlashAttention 2. The arguments are those of `eager_attention_forward`.
+
+    Returns:
+        The output `[batch, queries, heads, head_dim]`, and `None` in place of attention weights.
 
     Raises:
-        ValueError: For float32 and float64, a mask of queries times keys, and slopes that are trained.
+        ValueError: If the dtype is float32 or float64, with a mask of queries times keys, or if slopes are trained.
         ImportError: If the kernel is not installed.
     """
-    # Only here, as a checkpoint must load where Transformers has moved this.
+    # Imported here, so that a checkpoint loads even if Transformers moves this function.
     from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 
     inputs = attention_inputs(module, query, key, value, attention_mask, scaling, dropout)
@@ -56,19 +59,19 @@ def alibi_flash_attention(
     flash_attn_func: Callable[..., Tensor],
     flash_attn_varlen_func: Callable[..., Tensor],
 ) -> Tensor:
-    """Attention through FlashAttention 2.
+    """Computes attention with FlashAttention 2.
 
     Args:
-        inputs: In bfloat16 or float16; if `layout.length` is set, with no more keys than that.
+        inputs: In bfloat16 or float16. If `layout.length` is set, there are exactly that many keys.
         layout: Positions and visibility of the tokens.
-        flash_attn_func: The kernel of that name, for sequences of equal length.
-        flash_attn_varlen_func: The kernel of that name, for runs.
+        flash_attn_func: The kernel of this name, for sequences of equal length.
+        flash_attn_varlen_func: The kernel of this name, for runs.
 
     Returns:
-        `[batch, queries, heads, head_dim]`; padding of which nothing is asked (`TokenLayout.query_mask`) gets zeros.
+        `[batch, queries, heads, head_dim]`. Padding whose output is unused (`TokenLayout.query_mask`) gets zeros.
 
     Raises:
-        ValueError: For float32 and float64, a mask of queries times keys, and slopes that are trained.
+        ValueError: If the dtype is float32 or float64, with a mask of queries times keys, or if slopes are trained.
     """
     query, key, value = inputs.query, inputs.key, inputs.value
     if query.dtype not in (torch.bfloat16, torch.float16):

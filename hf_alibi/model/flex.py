@@ -1,12 +1,12 @@
-"""FlexAttention with ALiBi: the bias as a modification of the scores, hidden keys as blocks that are skipped.
+"""FlexAttention with ALiBi: a function adds the bias to each score, and blocks of hidden keys are skipped.
 
-A query sees the keys from the start of its document up to itself. For every block of queries and block of keys
-this tells whether they are hidden from each other, visible as a whole, or visible in part; the kernel gets lists
-of the latter two, and looks at single keys only in the last. The lists of whole blocks go from near to far, so
-that a head's window does no more than cut them short: what comes after n whole blocks is at least n blocks away.
+A query sees the keys from the start of its document up to itself. So each pair of a block of queries and a block of
+keys is hidden, fully visible or partially visible. The kernel gets a list of the full blocks and one of the partial
+blocks, and masks single keys only in partial blocks. Full blocks are listed from near to far. A head's window
+therefore only shortens this list: whatever follows n full blocks is at least n blocks away.
 
-The lists are made once for all layers of a forward pass, and the kernel is compiled once for all lengths. It runs
-forward on CPUs and GPUs, backward on GPUs.
+The lists are built once for all layers of a forward pass, and the kernel is compiled once for all lengths. The forward
+pass runs on CPUs and GPUs, the backward pass on GPUs only.
 
 Source: Dong et al., "Flex Attention: A Programming Model for Generating Optimized Attention Kernels"
 (arXiv 2412.05496).
@@ -25,16 +25,19 @@ from .layout import TokenLayout
 from .private_torch import MASKED_INDEX
 from .recording import is_compiled
 
-# FlexAttention is a prototype in PyTorch, and a checkpoint must load without it: it is imported where it is used.
+# FlexAttention is a prototype in PyTorch. It is imported only where it is used, so that a checkpoint loads without it.
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-BLOCK = 128  # queries or keys in a block
-FAR = 2**30  # further than any position
+# Queries or keys per block, the default size of FlexAttention. Larger blocks compute more masked scores, smaller ones
+# make longer lists.
+BLOCK = 128
+# Greater than any position, yet small enough for differences of two such numbers in int32.
+FAR = 2**30
 
 
 class Visibility(NamedTuple):
-    """What all layers of a forward pass share: distances, and which keys each query sees."""
+    """Distances and block mask, which all layers of a forward pass share."""
 
     distance: Callable[[Tensor, Tensor, Tensor], Tensor]
     mask: "BlockMask"
@@ -50,17 +53,21 @@ def flex_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention through FlexAttention; arguments as in `eager_attention_forward`, but no weights.
+    """Computes attention with FlexAttention. The arguments are those of `eager_attention_forward`.
+
+    Returns:
+        The output `[batch, queries, heads, head_dim]`, and `None` in place of attention weights.
 
     Raises:
-        ValueError: For dropout and for float64.
+        ValueError: If `dropout` is not 0 or the dtype is float64.
         NotImplementedError: If gradients are needed on the CPU.
     """
     layout = attention_mask
     if dropout:
-        raise ValueError(f"flex_attention has no dropout, got attention_dropout={dropout}; use 0, or sdpa.")
+        raise ValueError(f"flex_attention has no dropout, got attention_dropout={dropout}; set it to 0, or use sdpa.")
     inputs = attention_inputs(module, query, key, value, layout, scaling, dropout)
-    # A few queries are not worth waiting for the windows, and a compiled graph cannot wait for them.
+    # The windows become Python numbers, so the CPU must wait for the device. For few queries that costs more than
+    # windows save, and a compiled graph does not allow it.
     if not is_compiled() and query.shape[2] >= QUERY_BLOCK:
         inputs = inputs.with_lossless_windows(module.config.window_tolerance)
     with torch.autocast(query.device.type, enabled=False):
@@ -69,13 +76,13 @@ def flex_attention_forward(
 
 
 def alibi_flex_attention(inputs: AttentionInputs, layout: TokenLayout) -> Tensor:
-    """Attention through FlexAttention.
+    """Computes attention with FlexAttention.
 
     Returns:
-        `[batch, heads, queries, head_dim]`; queries that see nothing get zeros, unless `layout.mask` hides the keys.
+        `[batch, heads, queries, head_dim]`. Queries that see nothing get zeros, unless `layout.mask` hides the keys.
 
     Raises:
-        ValueError: For float64.
+        ValueError: If the dtype is float64.
         NotImplementedError: If gradients are needed on the CPU.
     """
     query, key, value = inputs.query, inputs.key, inputs.value
@@ -97,18 +104,19 @@ def alibi_flex_attention(inputs: AttentionInputs, layout: TokenLayout) -> Tensor
         score_mod=biased,
         block_mask=mask,
         scale=inputs.scaling,
-        # Decides on symbols while a graph is compiled; `bool()` would ask for their values.
+        # The comparison works on symbolic sizes while a graph is compiled; `bool()` would need their values.
         enable_gqa=True if query.shape[1] != key.shape[1] else False,  # noqa: SIM210
-        # The kernel for short queries fails where many heads share keys; a single query needs it most.
+        # PyTorch's kernel for few queries fails where many heads share keys. It is used for a single query only,
+        # where it saves most.
         kernel_options={"BACKEND": "TRITON"} if query.shape[2] > 1 else None,
     )
 
 
 @cache
 def _compiled_flex_attention() -> Callable[..., Any]:
-    """FlexAttention, compiled anew only for what differs in kind: dtype, one query or several, padding, gradients.
+    """Returns compiled FlexAttention. It recompiles by kind: dtype, one query or several, padding, gradients.
 
-    Dynamo's usual limit would allow for too few kinds; beyond it, the call raises.
+    There are more kinds than Dynamo's default limit of recompilations, beyond which a call would raise an error.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -118,7 +126,7 @@ def _compiled_flex_attention() -> Callable[..., Any]:
 
 
 def _bias(inputs: AttentionInputs, layout: TokenLayout) -> "tuple[BlockMask | None, Callable[..., Tensor]]":
-    """Returns which blocks to compute, and the function that adds the bias to a score."""
+    """Returns the mask of blocks to compute (`None`: all), and the function that adds the bias to a score."""
     query, key, windows = inputs.query, inputs.key, inputs.windows
     if layout.mask is not None:
         bias = _lookup(layout.dense_bias(inputs.slopes).expand(len(query), -1, -1, -1))
@@ -138,7 +146,7 @@ def _bias(inputs: AttentionInputs, layout: TokenLayout) -> "tuple[BlockMask | No
 
 
 def _visibility(layout: TokenLayout, batch: int, num_queries: int, num_keys: int) -> Visibility:
-    """Works out distances and blocks, from slots alone if nothing but the future is hidden."""
+    """Computes distances and block mask, from indices alone if only the future is hidden."""
     device = layout.keys.device
     if layout.length is not None:
         keys = torch.arange(num_keys, dtype=torch.int32, device=device)[None]
@@ -149,7 +157,7 @@ def _visibility(layout: TokenLayout, batch: int, num_queries: int, num_keys: int
 
     queries, keys = layout.queries.int(), layout.keys.int()
     if layout.key_mask is not None and layout.query_mask is not None:
-        # Padding of which nothing is asked would see what the token before it sees; it is not worth a block.
+        # Padding whose output is unused would see the keys of the token before it. Hiding everything saves blocks.
         queries = queries.masked_fill(~layout.query_mask, -FAR)
         keys = keys.masked_fill(~layout.key_mask, FAR)
     queries, keys = queries.expand(batch, -1), keys.expand(batch, -1)
@@ -164,12 +172,13 @@ def _visibility(layout: TokenLayout, batch: int, num_queries: int, num_keys: int
 
 
 def _lookup(table: Tensor) -> Callable[..., Tensor]:
-    """Returns a function from indices, one for each dimension, to an element of `table`."""
+    """Returns a function that takes one index per dimension and returns the element of `table`."""
     if table.device.type != "cpu" or MASKED_INDEX is None:
         return lambda *index: table[index]
-    # The CPU's template corrupts the names of sizes in the code that it generates, some of the time. This takes an
-    # element without any mention of a size: strides are tensors, and an index that is masked is not checked.
-    flat = table.flatten().contiguous()  # flattening a table of one column that is repeated leaves it a view
+    # PyTorch's CPU template sometimes corrupts the names of sizes in the code that it generates. So this function
+    # avoids sizes: strides are tensors, and the masked operator does not check the index.
+    # `flatten` alone would leave a repeated single column an expanded view.
+    flat = table.flatten().contiguous()
     strides = [torch.tensor(stride) for stride in table.contiguous().stride()]
 
     def element(*index: Tensor) -> Tensor:
@@ -180,13 +189,13 @@ def _lookup(table: Tensor) -> Callable[..., Tensor]:
 
 
 def _block_mask(queries: Tensor, keys: Tensor, lowest: Tensor, visible: Callable[..., Tensor]) -> "BlockMask":
-    """Lists the blocks of keys that each block of queries needs, and the other way round.
+    """Returns a mask that lists the blocks of keys for each block of queries, and vice versa.
 
     Args:
-        queries: `[batch or 1, queries]`, positions; -FAR: sees nothing.
-        keys: `[batch or 1, keys]`, positions; FAR: hidden from all.
-        lowest: `[batch or 1, queries]`, the lowest position that the query sees.
-        visible: Says of a single query and key whether they see each other.
+        queries: `[batch or 1, queries]`, positions; -FAR for a query that sees nothing.
+        keys: `[batch or 1, keys]`, positions; FAR for a key that no query sees.
+        lowest: `[batch or 1, queries]`, the lowest position that each query sees.
+        visible: Returns whether a single query sees a single key.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -209,22 +218,33 @@ def _block_mask(queries: Tensor, keys: Tensor, lowest: Tensor, visible: Callable
 
 
 def _extremes(positions: Tensor, fill: int) -> tuple[Tensor, Tensor]:
-    """Returns lowest and highest position of each block, `[batch, 1, 1, blocks]`; `fill` completes the last one."""
-    num_blocks = max(2, -(-positions.shape[1] // BLOCK))  # the compiler would take a size of 1 for a constant
+    """Returns the lowest and highest position of each block, `[batch, 1, 1, blocks]`.
+
+    Args:
+        positions: `[batch, tokens]`.
+        fill: Position with which the last block is filled up.
+    """
+    # At least 2 blocks, because the compiler treats a size of 1 as a constant.
+    num_blocks = max(2, -(-positions.shape[1] // BLOCK))
     padded = F.pad(positions, (0, num_blocks * BLOCK - positions.shape[1]), value=fill)
     lowest, highest = padded.view(len(positions), 1, 1, num_blocks, BLOCK).aminmax(dim=-1)
     return lowest, highest
 
 
 def _listed(blocks: Tensor, descending: bool = False) -> tuple[Tensor, Tensor]:
-    """Returns how many blocks of each row are set, and which: those first, in the order asked for."""
+    """Returns the number of true values in each row, and the indices of the row, those of true values first.
+
+    Args:
+        blocks: `[batch, heads, rows, columns]`, boolean.
+        descending: Whether the indices of true values descend.
+    """
     last = blocks.shape[-1] - 1
     order = torch.argsort(blocks.flip(-1).int() if descending else blocks.int(), dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32), (last - order if descending else order).int()
 
 
 def _cut_short(mask: "BlockMask", limits: tuple[int, ...]) -> "BlockMask":
-    """Returns the mask of every head, of whose whole blocks only the nearest `limits[head]` are left."""
+    """Returns a mask with heads that keeps only the nearest `limits[head]` full blocks of each head."""
     from torch.nn.attention.flex_attention import BlockMask
 
     limit = torch.tensor(limits, dtype=torch.int32, device=mask.kv_indices.device)[:, None]

@@ -1,13 +1,13 @@
 """Heads that classify a text or its tokens, or find the answer to a question in it.
 
-Parameters, arguments and outputs are those of Transformers' generic heads. Identical to those except:
+They are identical to Transformers' generic heads, with the same parameters, arguments and outputs, except:
 
-- A text is classified from the last token that the attention mask shows. Without a mask, the padding token decides.
-- Losses take Trainer's `num_items_in_batch`, for every `problem_type`. So accumulating gradients over small batches,
+- A text is classified from its last token by the attention mask. Without a mask, all tokens but padding tokens count.
+- Losses use Trainer's `num_items_in_batch`, for every `problem_type`. So accumulating gradients over small batches,
   or over processes, gives the loss and the gradients of one large batch.
-- Rows that hold several documents are refused where a row has one label.
+- A row with several documents raises an error if the row has one label.
 
-Each class is mixed into a model that has its decoder in `model`.
+Each class is a mixin for a model with its decoder in the attribute `model`.
 """
 
 from typing import Any
@@ -36,7 +36,8 @@ class SequenceClassificationHead:
         super().__init__(config)  # type: ignore[call-arg]
         self.num_labels = config.num_labels
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.loss_type = "ForSequenceClassification"  # whatever a subclass is called
+        # Transformers would derive it from the class name, which a subclass may change.
+        self.loss_type = "ForSequenceClassification"
         self.loss_function = sequence_classification_loss
         self.post_init()  # type: ignore[attr-defined]
 
@@ -53,20 +54,20 @@ class SequenceClassificationHead:
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
-        """Scores the classes of every text; further arguments as in the decoder.
+        """Computes a score for each class of every text. The other arguments are those of the decoder.
 
         Args:
-            attention_mask: `[batch, tokens]`, 0 for padding on any side. Without it, tokens that are `pad_token_id`
-                are taken for padding; with `inputs_embeds`, none are.
-            labels: `[batch]` classes, `[batch, num_labels]` zeros and ones, or numbers to predict, as the config's
-                `problem_type` says.
+            attention_mask: `[batch, tokens]`, 0 for padding on any side. Without a mask, tokens that equal
+                `pad_token_id` count as padding; with `inputs_embeds`, no token does.
+            labels: Depending on `problem_type` of the config: `[batch]` classes, `[batch, num_labels]` zeros and ones,
+                or `[batch]` or `[batch, num_labels]` numbers.
 
         Returns:
             The logits `[batch, num_labels]` and, with `labels`, the mean loss.
 
         Raises:
-            ValueError: If a row has no last token or more than one: with several documents in it, with a mask of four
-                dimensions, or in a batch where nothing tells the padding.
+            ValueError: If the last token of a row is ambiguous: with several documents in a row, with a
+                four-dimensional mask, or in a batch with neither a mask nor a `pad_token_id`.
         """
         past_key_values = only_cache(past_key_values, cache)
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
@@ -126,10 +127,10 @@ class TokenClassificationHead:
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
-        """Scores the classes of every token; further arguments as in the decoder.
+        """Computes a score for each class of every token. The other arguments are those of the decoder.
 
         Args:
-            labels: `[batch, queries]`, classes; -100 is not scored.
+            labels: `[batch, queries]`, classes. -100 is not scored.
 
         Returns:
             The logits `[batch, queries, num_labels]` and, with `labels`, the mean loss per scored token.
@@ -178,14 +179,14 @@ class QuestionAnsweringHead:
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
-        """Scores where the answer is; further arguments as in the decoder.
+        """Computes for every token scores for start and end of the answer. The other arguments are the decoder's.
 
         Args:
-            start_positions: `[batch]`, the answer's first token; one outside the text is not scored.
-            end_positions: `[batch]`, its last token.
+            start_positions: `[batch]`, the first token of the answer. A position outside the text is not scored.
+            end_positions: `[batch]`, the last token of the answer. A position outside the text is not scored.
 
         Returns:
-            The logits of start and end, each `[batch, queries]`, and with positions the mean of their losses.
+            The logits of start and end, each `[batch, queries]`. With both positions also the mean of their losses.
         """
         outputs = self.model(  # type: ignore[attr-defined]
             input_ids=input_ids,
@@ -216,16 +217,16 @@ class QuestionAnsweringHead:
 def sequence_classification_loss(
     labels: Tensor, pooled_logits: Tensor, config: Any, num_items_in_batch: Tensor | int | None = None, **kwargs: Any
 ) -> Tensor:
-    """Returns the mean loss of the classes of texts, or this batch's share of it.
+    """Returns the mean loss of the texts in this batch, or the batch's share of the mean over several batches.
 
-    Without a `problem_type` in the config, the labels tell it, and it is set there, as Transformers does.
+    If the config has no `problem_type`, it is inferred from the labels and stored in the config, as in Transformers.
 
     Args:
         labels: As in `SequenceClassificationHead.forward`. A class of -100 is not scored.
         pooled_logits: `[batch, num_labels]`.
-        config: The model's, with `problem_type` and `num_labels`.
-        num_items_in_batch: How many labels other than -100 all batches have that make one step, as Trainer counts
-            them; `None` for this batch alone.
+        config: The model's config, with `problem_type` and `num_labels`.
+        num_items_in_batch: Number of labels other than -100 in all batches of an optimizer step, as Trainer counts
+            them; `None` for the mean over this batch alone.
 
     Raises:
         ValueError: If the shape of `labels` does not fit the problem.
@@ -242,7 +243,8 @@ def sequence_classification_loss(
         return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum") / total
     targets = labels.float().view_as(logits)
     mean = F.mse_loss if config.problem_type == "regression" else F.binary_cross_entropy_with_logits
-    # Trainer leaves labels of -100 out of its count, though a number to predict may well be -100.
+    # Trainer's count leaves out labels of -100, even if they are numbers to predict. The share of this batch must be
+    # counted in the same way.
     share = 1 if num_items_in_batch is None else counted / total
     return mean(logits, targets) * share
 
@@ -258,17 +260,21 @@ def _require_shape(labels: Tensor, batch: int, config: Any) -> None:
 
 
 def last_positions(is_text: Tensor) -> Tensor:
-    """Returns where the last true value of each row is, 0 in a row without one: `[batch, tokens]` to `[batch]`."""
+    """Returns the index of the last true value in each row, `[batch]`, 0 in a row without one.
+
+    Args:
+        is_text: `[batch, tokens]`, boolean.
+    """
     positions = torch.arange(is_text.shape[1], device=is_text.device)
     return (positions * is_text).argmax(-1)
 
 
 def _shown(attention_mask: Tensor, past: int, hidden_states: Tensor) -> Tensor:
-    """Returns which tokens of this pass, after `past` cached ones, the mask shows: `[batch, tokens]`."""
+    """Returns which tokens of this pass, after `past` cached ones, the mask shows, `[batch, tokens]`."""
     if attention_mask.dim() != 2:
         raise ValueError(
-            f"The attention mask has shape {tuple(attention_mask.shape)}; to tell the last token of each text it must "
-            "be [batch, tokens]."
+            f"The attention mask has shape {tuple(attention_mask.shape)}; to find the last token of each text, it "
+            "must be [batch, tokens]."
         )
     batch, length = hidden_states.shape[:2]
     shown = attention_mask.to(hidden_states.device)[:, past : past + length] != 0
@@ -276,7 +282,7 @@ def _shown(attention_mask: Tensor, past: int, hidden_states: Tensor) -> Tensor:
 
 
 def _not_padding(input_ids: Tensor | None, hidden_states: Tensor, pad_token_id: int | None) -> Tensor:
-    """Returns which tokens are no padding where no mask says it: `[batch, tokens]`."""
+    """Returns which tokens are no padding, without a mask, `[batch, tokens]`."""
     if input_ids is None or (pad_token_id is None and input_ids.shape[0] == 1):
         return torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
     if pad_token_id is None:
@@ -309,10 +315,10 @@ def _refuse_packed_rows(
     if any(packed.values()):
         names = " and ".join(name for name, is_packed in packed.items() if is_packed)
         raise ValueError(
-            f"Several documents in a row ({names}), but a row has one label: give each document a row of its own."
+            f"A row with one label contains several documents ({names}): give each document a row of its own."
         )
 
 
 def _restarts(position_ids: Tensor, is_text: Tensor) -> bool:
-    """Whether a position does not grow from one token of a text to the next."""
+    """Whether, in any row, a position does not exceed that of the token before it."""
     return bool(((position_ids.diff(dim=-1) <= 0) & is_text[:, 1:] & is_text[:, :-1]).any())

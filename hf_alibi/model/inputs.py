@@ -1,6 +1,6 @@
-"""What one call of attention computes with: states, slopes, and the numbers that go with them.
+"""The inputs of one attention call as one value: queries, keys, values, slopes, windows and scalars.
 
-Every backend begins with `attention_inputs`, and hands the result on as one value.
+Each backend builds this value at the start of a call, all but `eager` with `attention_inputs`.
 """
 
 from typing import Any, NamedTuple
@@ -14,11 +14,14 @@ from .recording import has_any_length
 from .tiles import FEW_KEYS
 from .windows import head_windows, norm_bounds
 
-QUERY_BLOCK = 512  # queries that get a stored bias at a time; fewer are not worth looking at norms for windows
+# Queries per kernel call where the bias is stored. More queries take more memory, fewer need more kernel calls. From
+# this number of queries on, windows are computed too; for fewer, the norms cost more time than windows save. It suits
+# PyTorch 2.13 on 2 CPU cores (AMD EPYC), measured with `hf_alibi benchmark attention --backends sdpa`.
+QUERY_BLOCK = 512
 
 
 class AttentionInputs(NamedTuple):
-    """The inputs of one call.
+    """The inputs of one attention call.
 
     Attributes:
         query: `[batch, heads, queries, head_dim]`.
@@ -27,7 +30,7 @@ class AttentionInputs(NamedTuple):
         slopes: `[heads]`, in nats per token.
         scaling: Factor of the scores before the bias is added.
         dropout: Probability of dropping an attention weight.
-        windows: How far back each query head looks, `[heads]`; `None`: to the first key.
+        windows: `[heads]`, the distance that each query head sees; `None` for no limit.
     """
 
     query: Tensor
@@ -39,29 +42,29 @@ class AttentionInputs(NamedTuple):
     windows: Tensor | None = None
 
     def with_states(self, query: Tensor, key: Tensor, value: Tensor) -> "AttentionInputs":
-        """Returns the same with other states."""
+        """Returns a copy with other queries, keys and values."""
         return self._replace(query=query, key=key, value=value)
 
     def to(self, dtype: torch.dtype) -> "AttentionInputs":
-        """Returns the same with states of another dtype."""
+        """Returns a copy with queries, keys and values in another dtype."""
         return self.with_states(self.query.to(dtype), self.key.to(dtype), self.value.to(dtype))
 
     def with_all_heads(self) -> "AttentionInputs":
-        """Returns the same with keys and values repeated for the query heads that share them."""
+        """Returns a copy with keys and values repeated, so that each query head has its own."""
         groups = self.query.shape[1] // self.key.shape[1]
         return self.with_states(
             self.query, self.key.repeat_interleave(groups, 1), self.value.repeat_interleave(groups, 1)
         )
 
     def with_lossless_windows(self, tolerance: float) -> "AttentionInputs":
-        """Returns the same with windows, unless looking at every key is as fast.
+        """Returns a copy with lossless windows, or these inputs where windows would not save time.
 
-        The windows follow from the norms of the queries and keys at hand, never from weights. So an adapter, a hook, a
-        shard, or weights that have changed since a key was cached cannot make them too narrow. Few queries are not
-        worth that cost.
+        The windows are computed from the norms of the queries and keys of this call, never from weights. So adapters,
+        hooks, sharding, and weights that changed after a key was cached cannot make them too narrow. For few queries,
+        computing the norms would cost more than windows save.
 
         Args:
-            tolerance: The fraction of a head's attention that may be lost, `AlibiGPTConfig.window_tolerance`.
+            tolerance: Fraction of a head's attention that may be lost, `AlibiGPTConfig.window_tolerance`.
         """
         query, key = self.query, self.key
         is_worth_it = has_any_length(query, key) or (key.shape[2] > FEW_KEYS and query.shape[2] >= QUERY_BLOCK)
@@ -73,7 +76,9 @@ class AttentionInputs(NamedTuple):
 def attention_inputs(
     module: Any, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scaling: float, dropout: float
 ) -> AttentionInputs:
-    """Returns the inputs with this rank's slopes, the dtype of autocast, and without unused slots of a static cache.
+    """Returns the inputs, with the slopes of this rank's heads and the dtype of autocast.
+
+    Unused slots of a static cache are removed.
 
     Args:
         module: The attention module, for `local_slopes`.
@@ -95,12 +100,14 @@ def attention_inputs(
 
 
 def local_slopes(module: Any, slopes: Tensor, query: Tensor) -> Tensor:
-    """Returns the slopes of the query heads at hand, on their device: all, or those of this tensor-parallel rank.
+    """Returns the slopes of the query heads in `query`, `[local heads]`, on the device of `query`.
+
+    These are all heads, or with tensor parallelism those of this rank.
 
     Args:
-        module: The attention module; with fewer heads than slopes, its `q_proj` knows the device mesh.
+        module: The attention module. With tensor parallelism, its `q_proj` has the device mesh.
         slopes: `[heads]`, the slopes of all query heads.
-        query: `[batch, heads at hand, queries, head_dim]`.
+        query: `[batch, local heads, queries, head_dim]`.
     """
     num_heads, slopes = query.shape[1], slopes.to(query.device)
     if num_heads == len(slopes):
@@ -108,7 +115,8 @@ def local_slopes(module: Any, slopes: Tensor, query: Tensor) -> Tensor:
     mesh = module.q_proj.weight.device_mesh
     mesh = mesh["tp"] if mesh.ndim > 1 else mesh
     if slopes.requires_grad:
-        slopes = slopes.view_as(slopes)  # a tensor of this layer's own, whose gradient is of the rank's heads only
+        # The view is a tensor of this layer only. Its gradient covers the rank's heads, so the hook sums over ranks.
+        slopes = slopes.view_as(slopes)
         slopes.register_hook(lambda grad: _sum_of_ranks(grad, mesh.get_group()))
     rank = mesh.get_local_rank()
     return slopes[rank * num_heads : (rank + 1) * num_heads]

@@ -1,6 +1,6 @@
-"""The layers of the decoder: attention, feed-forward layer, and the decoder layer of both.
+"""The layers of the decoder: attention, feed-forward layer, and the decoder layer that contains both.
 
-What is particular to ALiBi is one call in `AlibiGPTAttention.forward`: the backend that adds the bias.
+Only one call is specific to ALiBi: `AlibiGPTAttention.forward` calls the backend, which adds the bias.
 """
 
 from typing import Any
@@ -17,17 +17,17 @@ from .norms import AlibiGPTRMSNorm, known_gain, make_norm
 
 
 class SealedLayout:
-    """The layout on its way to the layers, in a form that no wrapper of a layer looks into.
+    """A wrapper that passes the layout to the layers and hides its tensors from FSDP.
 
-    FSDP with mixed precision casts every tensor that a layer is given, in tuples, dataclasses and dictionaries too.
-    Slopes and masks would be rounded to 16 bits.
+    With mixed precision, FSDP casts every tensor among a layer's arguments, also inside tuples, dataclasses and
+    dictionaries. It would round slopes and masks to 16 bits.
     """
 
     def __init__(self, layout: TokenLayout) -> None:
         self.layout = layout
 
     def to(self, device: Any, **kwargs: Any) -> "SealedLayout":
-        """Returns a copy on another device; accelerate asks for it where layers are on several."""
+        """Returns a copy on another device. Accelerate calls this if layers are on several devices."""
         return SealedLayout(self.layout.to(device, **kwargs))
 
 
@@ -46,7 +46,8 @@ class AlibiGPTAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
-        self.o_proj.adds_to_residual = True  # type: ignore[assignment]  # see `_init_weights`
+        # `_init_weights` reads this attribute.
+        self.o_proj.adds_to_residual = True  # type: ignore[assignment]
         self.q_norm = AlibiGPTRMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = AlibiGPTRMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
@@ -57,7 +58,17 @@ class AlibiGPTAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns the output `[batch, queries, hidden_size]` and, from `eager`, the attention weights."""
+        """Computes attention.
+
+        Args:
+            hidden_states: `[batch, queries, hidden_size]`.
+            attention_mask: The layout. Transformers gives this argument its name.
+            past_key_values: The cache, to which the new keys and values are added.
+            kwargs: Passed on to the backend.
+
+        Returns:
+            The output `[batch, queries, hidden_size]`, and with `eager` the attention weights, otherwise `None`.
+        """
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
@@ -84,17 +95,20 @@ class AlibiGPTAttention(nn.Module):
         return self.o_proj(output.reshape(*input_shape, -1)), weights
 
     def with_positions(self, query: Tensor, key: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
-        """Returns queries and keys as they meet: with ALiBi, positions have no part in them.
+        """Applies positions to queries and keys. ALiBi returns them unchanged; other position methods override this.
 
         Args:
             query: `[batch, heads, queries, head_dim]`.
-            key: `[batch, key_value_heads, queries, head_dim]`, the new ones, before they are cached.
+            key: `[batch, key_value_heads, queries, head_dim]`, the new keys, before they are cached.
             layout: Positions of the tokens.
         """
         return query, key
 
     def known_gains(self) -> tuple[Tensor, Tensor] | None:
-        """Returns the gains `[head_dim]` of queries and keys if they alone bound every score, otherwise `None`."""
+        """Returns the QK-norm gains of queries and keys, each `[head_dim]`, or `None` if they do not bound all scores.
+
+        A subclass, or an instance with another `forward`, may compute scores in other ways.
+        """
         if type(self) is not AlibiGPTAttention or "forward" in vars(self):
             return None
         query_gain, key_gain = (known_gain(norm, self.head_dim) for norm in (self.q_norm, self.k_norm))
@@ -102,7 +116,7 @@ class AlibiGPTAttention(nn.Module):
 
 
 class AlibiGPTMLP(nn.Module):
-    """The feed-forward layer: up, activation, down; or, gated, up times the activation of a gate, and down."""
+    """The feed-forward layer: down(activation(up(x))), or with a gate down(activation(gate(x)) * up(x))."""
 
     def __init__(self, config: AlibiGPTConfig) -> None:
         super().__init__()
@@ -122,7 +136,7 @@ class AlibiGPTMLP(nn.Module):
 
 
 class AlibiGPTDecoderLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward layer, each normed before and added to the residual stream after."""
+    """Attention and feed-forward layer. A norm precedes each, and their outputs are added to the residual stream."""
 
     def __init__(
         self, config: AlibiGPTConfig, layer_idx: int, attention_class: type[AlibiGPTAttention] = AlibiGPTAttention
@@ -143,7 +157,10 @@ class AlibiGPTDecoderLayer(GradientCheckpointingLayer):
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
-        """Maps `[batch, queries, hidden_size]` to the same shape; returns the attention weights too if asked to."""
+        """Maps `[batch, queries, hidden_size]` to the same shape.
+
+        With `output_attentions`, also returns the attention weights.
+        """
         attended, weights = self.self_attn(
             self.input_layernorm(hidden_states),
             attention_mask,

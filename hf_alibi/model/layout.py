@@ -1,11 +1,11 @@
-"""Where the tokens of one forward pass stand: which keys each query sees, and how far away they are.
+"""The layout of one forward pass: which keys each query sees, and at which distances.
 
-The one rule: a query sees the visible tokens of its document up to itself, and its distance to one of them is the
-number of visible tokens between the two. Padding does not count, on whatever side it is. `documents.py` turns every
-way to say where documents end into one fact, `first`. Only a mask with a value for every query and key, which the
-caller made, replaces the rule: it decides alone who sees whom, and `position_ids` then decide the distances.
+A query sees the tokens of its own document up to itself. Distances are differences of positions, which count tokens
+and skip padding on either side. `documents.py` converts every description of documents into one tensor, `first`. A
+four-dimensional mask of the caller replaces these rules: it alone decides which keys a query sees, and `position_ids`
+decide the distances.
 
-`token_layout` is called once per forward pass; every attention implementation works from its result.
+`token_layout` is called once per forward pass. Every attention backend works from its result.
 """
 
 from dataclasses import dataclass, field
@@ -24,13 +24,13 @@ from .runs import Runs, find_runs
 
 @dataclass
 class Shared:
-    """What attention implementations work out once for all layers of a pass, each when it first needs it.
+    """Results that attention backends compute once, when first needed, for all layers of a pass.
 
     Attributes:
-        clear_from: See `TokenLayout.clear_from`.
-        runs: See `TokenLayout.all_runs`.
-        blocks: Distances and blocks of FlexAttention.
-        near_blocks: The blocks of FlexAttention within windows, by how many of them each head needs.
+        clear_from: The result of `TokenLayout.clear_from`.
+        runs: The result of `TokenLayout.all_runs`.
+        blocks: Distances and block mask of FlexAttention.
+        near_blocks: Block masks of FlexAttention with windows. The key is the number of full blocks of each head.
     """
 
     clear_from: int | None = None
@@ -46,17 +46,18 @@ class TokenLayout(NamedTuple):
         slopes: `[heads]`, the slopes of all query heads.
         queries: `[batch or 1, queries]`, positions.
         keys: `[batch or 1, keys]`, positions.
-        shared: What is worked out once for all layers.
-        first: `[batch, queries]`, the position where the query's document begins; `None`: at 0.
-        key_mask: `[batch, keys]`, False at padding; `None`: no padding.
-        query_mask: `[batch, queries]`, False where what the query finds is not used: at padding, except before a token
-            and at the end, from where a text goes on. Such padding sees what the token before it sees.
-        mask: `[batch or 1, heads or 1, queries, keys]`, the caller's own: boolean, True for visible, or
-            added to the scores. It replaces `first`, `key_mask` and causality.
-        length: Tokens in the cache and in this pass together, if nothing but the future is hidden: the
-            queries are then the last of the first `length` keys. `None`: more is hidden.
-        runs: The runs that the batch falls into, where these are cheaper than a mask; they say the same as the
-            other attributes. `None`: cached tokens, padding within texts, or a mask of the caller's.
+        shared: Results that are computed once for all layers.
+        first: `[batch, queries]`, the position at which each query's document begins; `None` if all begin at 0.
+        key_mask: `[batch, keys]`, False at padding; `None` without padding.
+        query_mask: `[batch, queries]`, False at padding whose output is unused. The output of padding is used directly
+            before a token and at the end of a row, where a text may continue. Such padding sees the same keys as the
+            token before it.
+        mask: `[batch or 1, heads or 1, queries, keys]`, the caller's own mask, either boolean (True: visible) or added
+            to the scores. It replaces `first`, `key_mask` and causality.
+        length: Number of cached and new tokens, if only the future is hidden. The queries then belong to the last of
+            the first `length` keys. `None` if more is hidden.
+        runs: The runs of the batch, if they are cheaper than a mask. They contain the same information as the other
+            attributes. `None` with cached tokens, with padding inside texts, or with a mask of the caller.
     """
 
     slopes: Tensor
@@ -71,7 +72,7 @@ class TokenLayout(NamedTuple):
     runs: Runs | None = None
 
     def to(self, device: Any, **kwargs: Any) -> "TokenLayout":
-        """Returns a copy on another device, which shares nothing with this one."""
+        """Returns a copy on another device, with no shared results yet."""
         moved: dict[str, Any] = {
             name: value.to(device, **kwargs)
             for name, value in self._asdict().items()
@@ -80,7 +81,7 @@ class TokenLayout(NamedTuple):
         return self._replace(**moved | {"shared": Shared()})
 
     def visible(self, rows: slice = slice(None)) -> Tensor:
-        """Returns which keys the queries in `rows` see, `[batch or 1, 1, rows, keys]`, without `mask`."""
+        """Returns which keys the queries in `rows` see, `[batch or 1, 1, rows, keys]`, boolean. Ignores `mask`."""
         queries, keys = self.queries[:, None, rows, None], self.keys[:, None, None, :]
         visible = keys <= queries
         if self.first is not None:
@@ -96,13 +97,13 @@ class TokenLayout(NamedTuple):
     def text_length(self) -> Tensor:
         """Returns the length of the longest text in the batch, in tokens, as a tensor without dimensions.
 
-        Cached tokens count, padding does not, and each packed document is a text of its own. Under a mask of the
-        caller's, a text is as long as its positions say.
+        Cached tokens count, padding does not, and each packed document is a text of its own. With a mask of the
+        caller, the length follows from the positions.
         """
         return self.positions().max() + 1
 
     def clear_from(self) -> int:
-        """Returns the position from which on nothing but the future is hidden."""
+        """Returns the index of the first key from which on only the future is hidden."""
         if self.shared.clear_from is None:
             hidden = torch.zeros_like(self.keys, dtype=torch.bool) if self.key_mask is None else ~self.key_mask
             if self.first is not None:
@@ -112,7 +113,7 @@ class TokenLayout(NamedTuple):
         return self.shared.clear_from
 
     def all_runs(self, batch: int) -> Runs:
-        """Returns the runs that a batch of padded or packed sequences falls into, even where a mask is cheaper."""
+        """Returns the runs of a batch of padded or packed sequences, even where a mask would be cheaper."""
         if self.runs is not None:
             return self.runs
         if self.shared.runs is None:
@@ -127,14 +128,13 @@ class TokenLayout(NamedTuple):
         return find_runs(queries, first, asked, self.key_mask, self.keys.shape[1], most_keys)
 
     def dense_bias(self, slopes: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Returns bias and mask in one tensor, to be added to the scores of the queries in `rows`.
+        """Returns bias and mask as one tensor that is added to the scores of the queries in `rows`.
 
-        Hidden keys get the lowest finite value, not -inf, so that a row without any visible key gives
-        finite weights.
+        Hidden keys get the lowest finite value, not -inf, so that a query without any visible key has finite weights.
 
         Args:
-            slopes: `[heads]`, slopes of the heads at hand.
-            rows: Which queries.
+            slopes: `[heads]`, the slopes of this rank's heads.
+            rows: The queries.
 
         Returns:
             `[batch or 1, heads, rows, keys]`.
@@ -157,20 +157,20 @@ def token_layout(
     past_key_values: Cache | None,
     packing: Packing | None = None,
 ) -> TokenLayout:
-    """Lays out the tokens of one forward pass.
+    """Returns the layout of one forward pass.
 
     Args:
         slopes: `[heads]`, the slopes of all query heads.
-        inputs_embeds: `[batch, queries, hidden_size]`, for its sizes and device.
-        attention_mask: `[batch or 1, tokens]`, cached tokens included, 0 for padding and 1 or document numbers for
-            real tokens, or a mask with four dimensions as in `TokenLayout.mask`.
+        inputs_embeds: `[batch, queries, hidden_size]`. Only its shape and device are used.
+        attention_mask: `[batch or 1, tokens]`, cached tokens included: 0 for padding, and 1 or document numbers for
+            real tokens. Or a four-dimensional mask as in `TokenLayout.mask`.
         position_ids: `[batch or 1, queries]`.
-        past_key_values: The cache, before it gets the keys of this pass.
-        packing: Further arguments that say where documents end.
+        past_key_values: The cache before this pass.
+        packing: Further arguments that describe documents.
 
     Raises:
-        ValueError: If an argument does not fit the cached and the new tokens, is of no known kind, or contradicts
-            another.
+        ValueError: If an argument does not fit the number of cached and new tokens, has the wrong type or shape, or
+            contradicts another.
     """
     batch, num_queries = inputs_embeds.shape[:2]
     device = inputs_embeds.device
@@ -193,7 +193,7 @@ def token_layout(
     if attention_mask is not None and attention_mask.dim() == 4:
         if packing.names():
             raise ValueError(
-                "An attention_mask with four dimensions decides alone who sees whom; leave out "
+                "An attention_mask with four dimensions alone decides which keys a query sees; leave out "
                 f"{', '.join(packing.names())}."
             )
         _check_custom_mask(attention_mask, batch, len(slopes), num_queries, num_keys, tracing)
@@ -211,7 +211,8 @@ def token_layout(
         mask = _cover(attention_mask.to(device), batch, past, num_queries, num_keys)
         key_mask = is_token = mask != 0
         numbers = _document_numbers(mask, tracing)
-        keys = key_mask.long().cumsum(-1) - 1  # some engines that models are exported to would sum booleans in 8 bits
+        # Some engines for exported models would sum booleans in 8 bits.
+        keys = key_mask.long().cumsum(-1) - 1
         queries = keys.gather(1, slots)
     real = is_token.expand(batch, -1).gather(1, slots)
     if attention_mask is not None:
@@ -235,9 +236,9 @@ def _custom_layout(
     queries = position_ids.to(slots.device)
     if isinstance(past, int) and past > 0 and bool((queries.amin(1) != past).any()):
         raise ValueError(
-            f"position_ids must go on from {past}, not from {queries.amin(1).tolist()}: with an attention_mask of "
-            f"four dimensions the cached tokens count as 0 to {past - 1}. Otherwise give an attention_mask of [batch, "
-            "tokens], or all tokens at once without a cache."
+            f"position_ids must continue at {past}, not at {queries.amin(1).tolist()}: with an attention_mask of four "
+            f"dimensions, the cached tokens have the positions 0 to {past - 1}. For other positions pass an "
+            "attention_mask of [batch, tokens], or all tokens at once without a cache."
         )
     keys = keys.repeat(queries.shape[0], 1).index_copy_(1, slots[0], queries)
     return TokenLayout(slopes, queries, keys, Shared(), mask=mask)
@@ -258,8 +259,8 @@ def _check_custom_mask(mask: Tensor, batch: int, heads: int, num_queries: int, n
         raise ValueError(f"An attention mask with four dimensions must be boolean or float, not {mask.dtype}.")
     if not tracing and mask.is_floating_point() and bool((mask == 1).any() & ((mask == 0) | (mask == 1)).all()):
         raise ValueError(
-            "An attention mask with four dimensions that is not boolean is added to the scores, and this one holds "
-            "ones and zeros: make it boolean, or 0 for visible and -inf for hidden."
+            "An attention mask with four dimensions that is not boolean is added to the scores, but this one contains "
+            "only ones and zeros. Make it boolean, or use 0 for visible and -inf for hidden."
         )
 
 
@@ -278,26 +279,35 @@ def _cover(mask: Tensor, batch: int, past: int | Tensor, num_queries: int, num_k
 
 
 def _document_numbers(mask: Tensor, tracing: bool) -> Tensor | None:
-    """Returns a two-dimensional mask as document numbers, or `None` if it holds none."""
+    """Returns the document numbers in a two-dimensional mask, `[batch, keys]`, or `None` if there are none."""
     if mask.dtype == torch.bool:
         return None
     if tracing:
         return mask.long()
     if bool(((mask < 0) | (mask != mask.floor())).any()):
         raise ValueError(
-            "An attention mask with two dimensions holds 0 for padding and 1 for tokens, or the numbers of documents; "
-            f"this one holds {mask[(mask < 0) | (mask != mask.floor())][0].item()}."
+            "An attention mask with two dimensions must contain 0 for padding and 1 or document numbers for tokens; "
+            f"this one contains {mask[(mask < 0) | (mask != mask.floor())][0].item()}."
         )
     return mask.long() if bool((mask > 1).any()) else None
 
 
 def _simplified(layout: TokenLayout, batch: int, past: int, length: int) -> TokenLayout:
-    """Finds out whether only the future is hidden, or else whether the batch falls into few causal runs."""
+    """Returns the layout with `length` if only the future is hidden, or with `runs` if these are cheaper than a mask.
+
+    Args:
+        layout: The layout.
+        batch: Number of rows.
+        past: Number of cached tokens.
+        length: Number of cached and new tokens.
+    """
     key_mask, first = layout.key_mask, layout.first
     no_padding = key_mask is None or bool(key_mask[:, :length].all())
     one_document = first is None or bool((first <= 0).all())
     if no_padding and one_document:
         return layout._replace(length=length)
+    # With a cache there are usually few queries, for which one call with a mask is faster than many runs.
     if past > 0:
-        return layout  # few queries, which a mask serves in one call
+        return layout
+    # More keys than this would cost more than a mask saves.
     return layout._replace(runs=layout._find_runs(batch, most_keys=2 * batch * layout.queries.shape[1]))

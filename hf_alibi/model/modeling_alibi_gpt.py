@@ -1,7 +1,7 @@
-"""AlibiGPT: a decoder-only language model without position embeddings, in Transformers' conventions.
+"""AlibiGPT: a decoder-only language model with ALiBi, in Transformers' conventions.
 
-Read downwards: the decoder, the language model, and models with other heads. `AlibiGPTModel.forward` lays the tokens
-out once (`layout.py`: which keys each query sees, how far away), and its layers (`layers.py`) add the bias.
+This file contains the decoder, then the language model, then models with other heads. `AlibiGPTModel.forward` computes
+once which keys each query sees and at which distances (`layout.py`). Its layers (`layers.py`) add the bias.
 """
 
 from collections.abc import Callable
@@ -33,10 +33,10 @@ from .windows import WindowGuarantee
 
 
 class AlibiGPTModel(AlibiGPTPreTrainedModel):
-    """The decoder without a head: tokens in, hidden states out.
+    """The decoder without a head, from tokens to hidden states.
 
-    Other position methods override three things: `with_positions`, what is added to embeddings; `attention_class`,
-    whose `with_positions` changes queries and keys; and the config's `slopes`.
+    Other position methods override `with_positions`, which may add to embeddings, `attention_class`, whose
+    `with_positions` may change queries and keys, or the config's `slopes`.
     """
 
     _auto_class = "AutoModel"
@@ -53,8 +53,8 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         )
         self.norm = make_norm(config)
         if config.alibi_slopes_trainable:
-            # Logarithms keep slopes positive; "bias" in the name keeps weight decay away.
-            # The default dtype is of 16 bits while such a model is made.
+            # Logarithms keep slopes positive. Trainer applies no weight decay to parameters with "bias" in their name.
+            # The default dtype has 16 bits while a model with 16-bit weights is created.
             dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
             self.bias_log_slopes = nn.Parameter(torch.empty(config.num_attention_heads, dtype=dtype))
             self._keep_in_fp32_modules_strict = {"bias_log_slopes"}
@@ -76,37 +76,38 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         """Runs the decoder.
 
         Args:
-            input_ids: `[batch, queries]`, tokens. Exactly one of `input_ids` and `inputs_embeds`.
-            attention_mask: `[batch, tokens]` with 0 for padding and 1 or document numbers for tokens, cached tokens
-                included, or `[batch, 1 or heads, queries, keys]`, boolean (True: visible) or added to the scores.
-            position_ids: `[batch, queries]`. Positions that do not go on begin a document, which does not see the
-                one before. Otherwise only a four-dimensional mask needs them.
+            input_ids: `[batch, queries]`, tokens. Give exactly one of `input_ids` and `inputs_embeds`.
+            attention_mask: `[batch, tokens]`, cached tokens included: 0 for padding, and 1 or document numbers for
+                tokens. Or `[batch, 1 or heads, queries, keys]`, boolean (True: visible) or added to the scores.
+            position_ids: `[batch, queries]`. A position that does not exceed the previous one begins a new document,
+                which does not see earlier ones. Positions are optional; a four-dimensional mask takes distances from
+                them.
             past_key_values: The cache of keys and values.
-            inputs_embeds: `[batch, queries, hidden_size]`, in place of `input_ids`.
+            inputs_embeds: `[batch, queries, hidden_size]`, instead of `input_ids`.
             use_cache: Whether to return the cache.
-            cache: Another name of `past_key_values`, and the one under which continuous batching passes its cache;
-                see `paged_layout`.
-            return_dict: False returns a tuple; `None` does what the config says.
-            kwargs: `seq_idx`, `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k`, other ways to say
-                where documents end (`documents.py`), and `output_hidden_states` and `output_attentions`, which the
-                config has too.
+            cache: Another name of `past_key_values`. Continuous batching passes its cache under this name, see
+                `paged_layout`.
+            return_dict: Whether to return an output object, not a tuple; `None` for the config's value.
+            kwargs: `seq_idx`, `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k`, which describe
+                documents (`documents.py`), and `output_hidden_states` and `output_attentions`, which override the
+                config.
 
         Returns:
             The hidden states `[batch, queries, hidden_size]` after the last norm, and the cache.
 
         Raises:
             ValueError: If both or none of `input_ids` and `inputs_embeds` are given, if arguments do not fit or
-                contradict each other, for arguments that the model does not know (`arguments.py`), or if a cache is
-                given where gradient checkpointing would write to it twice.
+                contradict each other, if the model does not know an argument (`arguments.py`), or if a cache is given
+                although gradient checkpointing would write to it twice.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         past_key_values = only_cache(past_key_values, cache)
         if past_key_values is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             raise ValueError(
-                "Gradient checkpointing runs each layer again in the backward pass, and would add its tokens to the "
-                "cache twice. Leave the cache out, switch checkpointing off, call model.eval(), or run the model "
-                "under torch.no_grad()."
+                "Gradient checkpointing runs each layer again in the backward pass, which would add the tokens to the "
+                "cache twice. Leave the cache out, turn checkpointing off, call model.eval(), or run the model under "
+                "torch.no_grad()."
             )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -117,7 +118,8 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             check_windowed_cache(self, past_key_values)
         slopes = self.slopes(inputs_embeds)
         if is_paged(past_key_values, kwargs):
-            assert position_ids is not None  # continuous batching always gives them
+            # Continuous batching always passes positions.
+            assert position_ids is not None
             layout = paged_layout(slopes, attention_mask, position_ids, **kwargs)
             past_key_values = PagedCache(past_key_values, kwargs)
         else:
@@ -131,18 +133,19 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         kwargs["output_attentions"] = is_asked("output_attentions", kwargs, self.config)
         if kwargs["output_attentions"] and not backend(self.config._attn_implementation).weights:
             raise ValueError(
-                f"{self.config._attn_implementation} computes no attention weights to output; call "
+                f"{self.config._attn_implementation} computes no attention weights for output_attentions; call "
                 "model.set_attn_implementation('eager') first."
             )
         states, weights = [], []
         positions = layout.positions() if position_ids is None else position_ids.to(inputs_embeds.device)
         hidden_states = self.dropout(self.embedding_norm(self.with_positions(inputs_embeds, positions)))
         sealed = SealedLayout(layout)
-        for layer in self.layers[: self.config.num_hidden_layers]:  # a draft model that exits early has lowered it
+        # A draft model with early exit lowers num_hidden_layers.
+        for layer in self.layers[: self.config.num_hidden_layers]:
             if wanted_states:
                 states.append(hidden_states)
-            # By position: Transformers takes away a cache with a name from layers with gradient checkpointing, some
-            # versions even where no gradient is computed.
+            # The cache is a positional argument: with gradient checkpointing, Transformers removes a cache that is a
+            # keyword argument, in some versions even if no gradient is computed.
             output = layer(hidden_states, sealed, past_key_values, **kwargs)
             hidden_states, *layer_weights = output if isinstance(output, tuple) else (output,)
             weights += [part for part in layer_weights if part is not None]
@@ -156,15 +159,15 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         return as_asked(outputs, return_dict, self.config)
 
     def _makes_cache(self, use_cache: bool | None) -> bool:
-        """Whether forward returns a cache when it has got none; layers that run again in backward can have none."""
+        """Whether forward creates a cache if none is given. Layers that run again in the backward pass need none."""
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return False
         return bool(self.config.use_cache if use_cache is None else use_cache)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves and casts the model, but leaves trained slopes in float32 where the weights get 16 bits.
+        """Moves and casts the model, but keeps trained slopes in float32 if weights are cast to 16 bits.
 
-        `to`, `half`, `bfloat16` and their like all come here.
+        `to`, `half`, `bfloat16` and similar methods all call this one.
         """
         slopes = getattr(self, "bias_log_slopes", None)
         if slopes is None:
@@ -179,26 +182,30 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         return super()._apply(keeping_slopes, recurse)
 
     def with_positions(self, inputs_embeds: Tensor, positions: Tensor) -> Tensor:
-        """Returns the embeddings as the first layer gets them: with ALiBi, positions have no part in them.
+        """Applies positions to embeddings. ALiBi returns them unchanged; other position methods override this.
 
         Args:
             inputs_embeds: `[batch, queries, hidden_size]`.
-            positions: `[batch or 1, queries]`, the caller's `position_ids`, or else those in each document from 0.
+            positions: `[batch or 1, queries]`, the caller's `position_ids`, or positions in each document from 0.
         """
         return inputs_embeds
 
     def slopes(self, like: Tensor) -> Tensor:
-        """Returns the slopes `[heads]`, learned or not, linearly scaled: on the device of `like`, in its precision.
+        """Returns the slopes `[heads]`, learned or fixed, after a linear `alibi_scaling`.
 
-        That is float32 at least, so that no cast of the weights rounds them.
+        They are on the device of `like` and in its dtype, but at least in float32, so that no cast of the weights
+        rounds them.
+
+        Raises:
+            ValueError: If trained slopes have been cast to 16 bits.
         """
         dtype = torch.promote_types(like.dtype, torch.float32)
         if self.config.alibi_slopes_trainable:
             if self.bias_log_slopes.dtype.itemsize < 4:
                 raise ValueError(
-                    f"The trained slopes have arrived in {self.bias_log_slopes.dtype}, which rounds them by up to 2%. "
-                    "Mixed precision that casts parameters (of FSDP and DeepSpeed) does so: keep parameters in "
-                    "float32 (no param_dtype) and compute in 16 bits under torch.autocast."
+                    f"The trained slopes have been cast to {self.bias_log_slopes.dtype}, which rounds them by up to "
+                    "2%. Mixed precision of FSDP and DeepSpeed casts parameters. Keep parameters in float32 (no "
+                    "param_dtype) and compute in 16 bits under torch.autocast."
                 )
             slopes = self.bias_log_slopes.to(dtype).exp()
         else:
@@ -206,23 +213,24 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         return slopes / self.config.slope_divisor
 
     def window_guarantees(self) -> list[WindowGuarantee] | None:
-        """Returns the windows of each layer, from the gains of its QK-norm as they are now.
+        """Returns the windows of each layer, computed from the current gains of its QK-norm.
 
-        `None` where there is no guarantee before any data, see `AlibiGPTConfig.window_guarantee`, and where other
-        things than these gains may decide how large queries and keys are: an adapter, a hook, a parametrization, or
-        a weight that is sharded or offloaded.
+        Returns:
+            One guarantee per layer, or `None` if windows do not follow from the gains: see
+            `AlibiGPTConfig.window_guarantee`. Adapters, hooks, parametrizations, and sharded or offloaded weights also
+            give `None`, because more than the gains may then decide how large queries and keys are.
         """
         return window_guarantees(self)
 
     def windowed_cache(self, offloading: bool = False) -> WindowedCache | None:
-        """Returns an empty cache in which no head holds more than its window, see `cache.py`.
+        """Returns an empty cache in which each head keeps only the keys inside its window, see `cache.py`.
 
         Args:
-            offloading: Whether keys and values wait on the CPU while other layers are at work.
+            offloading: Whether keys and values are kept on the CPU while other layers compute.
 
         Returns:
-            The cache, or `None` where it would not be lossless or cannot be read: without `window_guarantees`, with
-            another attention than `sdpa`, and with weights that are not all here.
+            The cache, or `None` if it would not be lossless or cannot be read: without `window_guarantees`, with a
+            backend other than `sdpa`, or with weights that are sharded or on the meta device.
         """
         return windowed_cache(self, offloading)
 
@@ -240,7 +248,8 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, AlibiGenerationMixin):
 
     def __init__(self, config: AlibiGPTConfig) -> None:
         super().__init__(config)
-        self.loss_type = "ForCausalLM"  # whatever a subclass is called
+        # Transformers would derive it from the class name, which a subclass may change.
+        self.loss_type = "ForCausalLM"
         self.model = self.decoder_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -259,16 +268,16 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, AlibiGenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Predicts the next token at every position; further arguments as in `AlibiGPTModel.forward`.
+        """Predicts the next token at every position. The other arguments are those of `AlibiGPTModel.forward`.
 
         Args:
-            labels: `[batch, queries]`, the same tokens as `input_ids`, shifted here; -100 is not scored.
-            logits_to_keep: Number of last positions to compute logits for, 0 for all, or a 1D tensor of
-                positions.
+            labels: `[batch, queries]`, the same tokens as `input_ids`; the loss shifts them. -100 is not scored.
+            logits_to_keep: Number of last positions for which logits are computed, 0 for all, or a one-dimensional
+                tensor of positions.
 
         Returns:
-            The logits `[batch, kept, vocab_size]`, the cache, and with `labels` the mean loss in nats
-            per scored token.
+            The logits `[batch, kept, vocab_size]`, the cache, and with `labels` the mean loss in nats per scored
+            token.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -297,7 +306,7 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, AlibiGenerationMixin):
 
 
 class AlibiGPTWithHead(AlibiGPTPreTrainedModel):
-    """A model that has its decoder in `model`, as those of `heads.py` expect."""
+    """A model with its decoder in the attribute `model`, as the classes in `heads.py` expect."""
 
     def __init__(self, config: AlibiGPTConfig) -> None:
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""Norms, and what is known about the length of the vectors that come out of them."""
+"""Norm layers, and which of them bound the length of their output by their gain alone."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from .configuration_alibi_gpt import AlibiGPTConfig
 
 
 class AlibiGPTRMSNorm(nn.RMSNorm):
-    """RMSNorm with a gain that follows its input's dtype, which autocast may have lowered."""
+    """RMSNorm that casts its gain to the dtype of its input, which autocast may have lowered."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Maps `[..., size]` to the same shape, with root mean square 1 before the gain."""
@@ -17,7 +17,7 @@ class AlibiGPTRMSNorm(nn.RMSNorm):
 
 
 def make_norm(config: AlibiGPTConfig) -> nn.Module:
-    """Returns a norm over `hidden_size` as the config says."""
+    """Returns a norm layer over `hidden_size`, of the type in the config."""
     if config.norm_type == "rmsnorm":
         return AlibiGPTRMSNorm(config.hidden_size, eps=config.norm_eps)
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
@@ -26,8 +26,8 @@ def make_norm(config: AlibiGPTConfig) -> nn.Module:
 def known_gain(norm: nn.Module, size: int) -> Tensor | None:
     """Returns the gain `[size]` of a norm if it alone decides how large the output is, otherwise `None`.
 
-    Hooks, a wrapper, a forward method that was replaced, and a subclass (which parametrizations and sharding make too)
-    may do anything. A weight that is sharded, empty or offloaded is not the one that runs.
+    The output may have any size with hooks, a wrapper, a replaced `forward`, or a subclass. Parametrizations and
+    sharding make subclasses too. A sharded, empty or offloaded weight is not the one that is used in the forward pass.
     """
     if type(norm) is not AlibiGPTRMSNorm or "forward" in vars(norm) or norm._forward_hooks or norm._forward_pre_hooks:
         return None

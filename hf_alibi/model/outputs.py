@@ -1,7 +1,7 @@
-"""What the caller of a model wants to get back: hidden states, attention weights, a tuple.
+"""Optional outputs of a model: hidden states, attention weights, and tuples in place of output classes.
 
-Transformers has decorators that do this. Their names are private and have moved before, and this code travels with
-checkpoints for years.
+Transformers has decorators for this, but they are private and have moved before. This code is saved with checkpoints
+and has to work for years.
 """
 
 from collections.abc import Sequence
@@ -11,24 +11,24 @@ from torch import Tensor
 
 
 def is_asked(name: str, given: dict[str, Any], config: Any) -> Any:
-    """Returns the argument `name` of `forward`, such as `output_attentions`, or what the config says without one."""
+    """Returns an argument of `forward`, such as `output_attentions`, or the config's value if it is not given."""
     value = given.get(name)
     return getattr(config, name, None) if value is None else value
 
 
 def as_asked(outputs: Any, return_dict: bool | None, config: Any) -> Any:
-    """Returns the outputs, or a tuple of them if `return_dict` is false in the call or, without it, in the config."""
+    """Returns the outputs, or a tuple of them if `return_dict` is false. Without the argument, the config decides."""
     if return_dict is None:
         return_dict = getattr(config, "return_dict", True)
     return outputs if return_dict else outputs.to_tuple()
 
 
 def selected_states(states: list[Tensor], wanted: bool | int | Sequence[int]) -> tuple[Any, ...]:
-    """Returns the hidden states, with `None` in place of those that `output_hidden_states` does not ask for.
+    """Returns the hidden states, with `None` in place of those that `output_hidden_states` does not request.
 
     Args:
         states: One tensor before the first layer, and one after each layer.
-        wanted: True for all of them, or the index or indices of some, negative ones counted from the end.
+        wanted: True for all states, or one or several indices. Negative indices count from the end.
     """
     if isinstance(wanted, bool):
         return tuple(states)

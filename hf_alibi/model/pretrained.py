@@ -1,4 +1,4 @@
-"""What all AlibiGPT models share: initial weights, saving and loading, and what Transformers asks a class."""
+"""The base class of all AlibiGPT models: initial weights, saving, loading, and class attributes for Transformers."""
 
 import math
 import os
@@ -17,7 +17,7 @@ from .flash import HOW_TO_GET_FLASH_ATTENTION
 
 
 class AlibiGPTPreTrainedModel(PreTrainedModel):
-    """Weights, saving and loading: what all AlibiGPT models share."""
+    """The base class of all AlibiGPT models, which initializes, saves and loads weights."""
 
     config: AlibiGPTConfig
     base_model_prefix = "model"
@@ -40,15 +40,15 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
     _table_of_names: str | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Makes the name of a class known where Transformers asks by name what a model does.
+        """Adds the name of a class to Transformers' table of models for its task.
 
-        Tables of names decide whether Trainer shifts labels for label smoothing, whether a pipeline accepts a model,
-        and what the server takes it for. Registering with an Auto class does not enter a name there. Subclasses are
-        entered too, also those that FSDP makes.
+        Transformers looks there to decide whether Trainer shifts labels for label smoothing, whether a pipeline
+        accepts a model, and how the server treats it. Registration with an Auto class does not add the name.
+        Subclasses are added too, such as those that FSDP makes.
         """
         super().__init_subclass__(**kwargs)
         if cls._table_of_names is not None:
-            # Only here, as a checkpoint must load where Transformers has moved or dropped these tables.
+            # Imported here, so that a checkpoint loads even if Transformers moves or removes these tables.
             try:
                 from transformers.models.auto import modeling_auto
             except ImportError:
@@ -57,20 +57,25 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights. Trained slopes, the first of all parameters, may have a higher one."""
+        """The dtype of the weights. Trained slopes are ignored: they come first, but may have a higher precision."""
         weights = (weight for name, weight in self.named_parameters() if not name.endswith("bias_log_slopes"))
         return next(weight.dtype for weight in weights if weight.is_floating_point())
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Saves the model with its code, so that it also loads where this package is not installed.
 
-        There, `trust_remote_code=True` has the Auto classes read the code from the folder.
+        With `trust_remote_code=True`, the Auto classes then load the code from the folder.
         """
         self.config.auto_map = dict(self._auto_map)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
-        """Refuses an implementation that does not know ALiBi, or is not installed, before any weight is loaded."""
+        """Checks, before weights are loaded, that the backend supports ALiBi and is installed.
+
+        Raises:
+            ValueError: If the backend does not support ALiBi.
+            ImportError: If a package is missing; the message says how to install it.
+        """
         if attn_implementation is not None:
             backend(attn_implementation)
         try:
@@ -82,27 +87,28 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
     def create_masks_for_generate(
         attention_mask: Tensor | None, past_key_values: Cache | None = None, cache: Cache | None = None, **kwargs: Any
     ) -> Tensor | None:
-        """Returns the mask that `generate` passes on with a static cache: the padding, at the cache's full length.
+        """Returns the mask that `generate` uses with a static cache: the padding mask, at the length of the cache.
 
-        Distances follow from the padding, so a mask of queries times keys would lose them; and a mask of
-        constant size lets a compiled step serve the whole generation.
+        Transformers' own mask of queries times keys would not contain the padding, from which distances follow. A mask
+        of constant size allows one compiled step for the whole generation.
         """
         if attention_mask is None:
             return None
         length = only_cache(past_key_values, cache).get_max_length()
-        # Boolean, so that a compiled step need not look for document numbers.
+        # A boolean mask has no document numbers, so a compiled step does not look for them.
         return F.pad(attention_mask != 0, (0, length - attention_mask.shape[-1]))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if getattr(module, "adds_to_residual", False):
-            # Each layer adds to the residual stream twice; the sum of all keeps the variance of one.
+            # Each layer adds to the residual stream twice. The smaller weights keep the variance of the sum constant.
             additions = 2 * self.config.num_hidden_layers
             weight: Any = module.weight
             nn.init.normal_(weight, std=self.config.initializer_range / math.sqrt(additions))
         elif hasattr(module, "bias_log_slopes"):
-            # Leaves slopes alone that were loaded, as the functions in `nn.init` do while Transformers calls this.
+            # Unlike a plain copy, this function leaves loaded slopes unchanged, as the functions in `nn.init` do while
+            # Transformers calls this method.
             from transformers.initialization import copy_
 
             slopes: Any = module.bias_log_slopes

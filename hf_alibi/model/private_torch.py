@@ -1,15 +1,15 @@
-"""The private names of PyTorch that this model uses: all of them, so that a new PyTorch has one place to break.
+"""All private names of PyTorch that the model uses, so that only this file depends on PyTorch's internals.
 
-| name | what it must do | without it |
+| name | what the model relies on | consequence if it is missing |
 |---|---|---|
 | `CPU_FLASH` | attention with a bias of overlapping strides and any float dtype; returns the logarithm of the softmax's sum | `sdpa` on the CPU loops over the public kernel, which is slower and looks at every key |
-| `CPU_FLASH_BACKWARD` | the gradients of that, given its two results | as `CPU_FLASH` |
-| `TRANSFORMS_ARE_ACTIVE` | whether a transform of `torch.func` runs, of which the model's own operator knows nothing | as `CPU_FLASH`; PyTorch then refuses what it cannot differentiate |
+| `CPU_FLASH_BACKWARD` | the gradients of `CPU_FLASH`, given its two results | the same as for `CPU_FLASH` |
+| `TRANSFORMS_ARE_ACTIVE` | whether a transform of `torch.func` is active, which the model's custom operator does not support | the same as for `CPU_FLASH`; PyTorch raises an error for what it cannot differentiate |
 | `MASKED_INDEX` | an element of a table, in code that FlexAttention compiles for the CPU, without naming a size | plain indexing, which some PyTorch versions fail to compile there |
-| `is_static` | whether a compiled graph knows the value of a size | graphs are for any size, which is slower |
+| `is_static` | whether a compiled graph knows the value of a size | graphs are made for any size, which is slower |
 
-A name that is missing is `None` here, and the last column applies: a checkpoint loads and is right. What each one must
-do is tested, so that a change of meaning is noticed before a release is said to work with that PyTorch.
+A missing name is `None`. A checkpoint still loads and gives right results, and the last column applies. A test for
+each name shows whether a new PyTorch still does what the second column says.
 """  # noqa: E501
 
 from typing import Any
@@ -23,7 +23,7 @@ MASKED_INDEX: Any = getattr(torch.ops.aten, "_unsafe_masked_index", None)
 
 
 def has_own_operator() -> bool:
-    """Whether this PyTorch has all that the model's own operator for the CPU stands on."""
+    """Whether this PyTorch has everything that the model's custom CPU operator needs."""
     return all(part is not None for part in (CPU_FLASH, CPU_FLASH_BACKWARD, TRANSFORMS_ARE_ACTIVE))
 
 

@@ -1,7 +1,7 @@
-"""Whether the code runs, or is recorded: compiled, traced or exported. All that depends on it asks here.
+"""Whether the code is being recorded, that is compiled, traced or exported. All decisions about it use this file.
 
-While code is recorded, values of tensors are not known and a loop has the length that it has now. Checks of values
-are left out then, and a computation is chosen that is right for every length.
+While code is recorded, values of tensors are unknown, and loops get a fixed number of steps. The model then skips
+checks of values and chooses computations that are right for every length.
 """
 
 import torch
@@ -11,20 +11,20 @@ from .private_torch import is_static
 
 
 def is_recorded() -> bool:
-    """Whether what runs now is compiled, traced or exported, so that values of tensors are not known."""
+    """Whether the code is being compiled, traced or exported, so that values of tensors are unknown."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def is_exported() -> bool:
-    """Whether what runs now is recorded for another program, which gets plain operators only."""
+    """Whether the code is being exported to another program, which supports only plain operators."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def is_compiled() -> bool:
-    """Whether `torch.compile` or `torch.export` records what runs now."""
+    """Whether `torch.compile` or `torch.export` is recording the code."""
     return torch.compiler.is_compiling()
 
 
 def has_any_length(query: Tensor, key: Tensor) -> bool:
-    """Whether what runs now is compiled for any number of queries or keys."""
+    """Whether the code is being compiled for an unknown number of queries or keys."""
     return is_compiled() and not (is_static(query.shape[2]) and is_static(key.shape[2]))

@@ -1,7 +1,7 @@
-"""Runs: stretches of queries that are the last of the keys that they see, each a causal text by itself.
+"""Runs: parts of a batch that are plain causal sequences, so that kernels without masks can compute them.
 
-Kernels know whole causal sequences, and neither padding nor documents. A batch that is cut into runs needs no mask.
-Within a run a distance is a difference of indices, because the keys of a run are exactly its visible tokens.
+A run is a range of consecutive queries and all keys that they see. The queries belong to the last of these keys.
+Padding and keys of other documents are not in the run, so within it a distance is a difference of indices.
 """
 
 from typing import Any, NamedTuple
@@ -15,11 +15,12 @@ class Runs(NamedTuple):
     """The runs of a batch, in ascending order of their queries. Two runs may share keys.
 
     Attributes:
-        queries: `[all queries of the runs]`, indices into the flattened batch `[batch * queries]`; `None`: all of it,
-            in order.
-        keys: `[all keys of the runs]`, indices into `[batch * keys]`; `None`: as for `queries`.
-        query_bounds: `[runs + 1]`, int32, where the runs begin and end in `queries`.
-        key_bounds: `[runs + 1]`, int32, where they begin and end in `keys`.
+        queries: `[queries of all runs]`, indices into the flattened batch `[batch * queries]`; `None` for the whole
+            batch in order.
+        keys: `[keys of all runs]`, indices into the flattened batch `[batch * keys]`; `None` for the whole batch in
+            order.
+        query_bounds: `[runs + 1]`, int32, the bounds of the runs in `queries`.
+        key_bounds: `[runs + 1]`, int32, the bounds of the runs in `keys`.
         query_sizes: Number of queries in each run.
         key_sizes: Number of keys in each run.
     """
@@ -40,14 +41,14 @@ class Runs(NamedTuple):
 
 
 def runs_of_bounds(query_bounds: Tensor, key_bounds: Tensor, num_queries: int, num_keys: int) -> Runs:
-    """Returns the runs of sequences that follow each other from the first query and the first key on.
+    """Returns the runs of consecutive sequences, given their bounds.
 
     Args:
-        query_bounds: `[sequences + 1]`, where the sequences begin and end among the queries. Those without any
-            query are left out, and so are the queries after the last bound.
-        key_bounds: `[sequences + 1]`, the same among the keys.
-        num_queries: Queries in the batch.
-        num_keys: Keys in the batch.
+        query_bounds: `[sequences + 1]`, the bounds of the sequences among the queries. Sequences without queries give
+            no run, and queries after the last bound are in no run.
+        key_bounds: `[sequences + 1]`, the bounds of the sequences among the keys.
+        num_queries: Number of queries in the batch.
+        num_keys: Number of keys in the batch.
     """
     query_sizes, key_sizes = query_bounds.diff(), key_bounds.diff()
     has_queries = query_sizes > 0
@@ -70,14 +71,15 @@ def find_runs(
 
     Args:
         queries: `[batch, queries]`, positions.
-        first: `[batch, queries]`, the position where the document of a query begins.
-        query_mask: `[batch, queries]`, False where a query belongs to no run.
-        key_mask: `[batch, keys]`, False at padding; `None`: no padding.
-        num_keys: Keys in a row of the batch.
-        most_keys: How many keys all runs may have together. Padding within a text makes runs that share keys.
+        first: `[batch, queries]`, the position at which the document of each query begins.
+        query_mask: `[batch, queries]`, False for queries in no run.
+        key_mask: `[batch, keys]`, False at padding; `None` without padding.
+        num_keys: Number of keys in a row of the batch.
+        most_keys: Maximum number of keys in all runs together; `None` for no limit. Padding inside a text gives runs
+            that share keys, so the total may exceed the keys of the batch.
 
     Returns:
-        The runs, or `None` if they would have more keys than `most_keys`.
+        The runs, or `None` if they have more keys than `most_keys`.
     """
     index = query_mask.flatten().nonzero()[:, 0]
     row, position, first = index // queries.shape[1], queries.flatten()[index], first.flatten()[index]
@@ -97,7 +99,7 @@ def find_runs(
 
 
 def ranges(starts: Tensor, sizes: Tensor) -> Tensor:
-    """Returns the numbers `start, start + 1, ...` of all ranges one after another, `[sum of sizes]`."""
+    """Returns the concatenated ranges `start, start + 1, ...`, `[sum of sizes]`."""
     before = sizes.cumsum(0) - sizes
     return torch.arange(int(sizes.sum()), device=sizes.device) + torch.repeat_interleave(starts - before, sizes)
 

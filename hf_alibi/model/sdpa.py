@@ -1,8 +1,8 @@
-"""Attention through PyTorch's fused kernels, the default.
+"""Attention with PyTorch's fused kernels, the default backend.
 
-Where nothing but the future is hidden, and where a batch falls into runs of tokens that see each other, the kernels
-are called tile by tile (`causal.py`), and no bias of queries times keys is stored. Every other case stores the bias of
-one block of queries at a time.
+Where only the future is hidden, and where a batch can be cut into causal runs, the kernels are called tile by tile
+(`causal.py`) and no bias of queries times keys is stored. All other cases store the bias of one block of queries at a
+time.
 """
 
 from typing import Any
@@ -27,15 +27,18 @@ def sdpa_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention through PyTorch's fused kernels; arguments as in `eager_attention_forward`, but no weights.
+    """Computes attention with PyTorch's fused kernels. The arguments are those of `eager_attention_forward`.
 
-    Where a windowed cache holds other keys for each group of heads, `key` is a list of `HeldKeys`.
+    With a windowed cache, groups of heads have different keys. Then `key` is a list of `HeldKeys`.
+
+    Returns:
+        The output `[batch, queries, heads, head_dim]`, and `None` in place of attention weights.
     """
     layout = attention_mask
     if isinstance(key, list):
         return _windowed(query, key, layout, scaling), None
     if is_exported() or (has_any_length(query, key) and not is_one_operator(dropout, query, key, value)):
-        # A graph of a loop over blocks would be for this length only.
+        # A recorded loop over tiles would hold for this length only.
         layout = layout._replace(length=None)
     inputs = attention_inputs(module, query, key, value, layout, scaling, dropout)
     device, in_tiles = query.device.type, layout.length is not None or layout.runs is not None
@@ -53,9 +56,13 @@ def sdpa_attention_forward(
 
 
 def _masked(inputs: AttentionInputs, layout: TokenLayout) -> Tensor:
-    """Stores the bias of one block of queries at a time. Queries of which nothing is asked get zeros."""
+    """Computes attention with a stored bias, one block of queries at a time.
+
+    Returns:
+        `[batch, heads, queries, head_dim]`. Padding whose output is unused (`TokenLayout.query_mask`) gets zeros.
+    """
     if is_exported():
-        # Not every engine shares key-value heads, or takes a bias of higher precision than the queries.
+        # Some engines support neither shared key-value heads nor a bias of higher precision than the queries.
         exact = inputs.to(inputs.slopes.dtype).with_all_heads()
         output = kernel(exact, layout.dense_bias(inputs.slopes)).to(inputs.query.dtype)
     elif has_any_length(inputs.query, inputs.key):
@@ -73,7 +80,7 @@ def _masked(inputs: AttentionInputs, layout: TokenLayout) -> Tensor:
 
 
 def _windowed(query: Tensor, held: list[HeldKeys], layout: TokenLayout, scaling: float) -> Tensor:
-    """Lets every group of heads attend to the keys that it holds; returns `[batch, queries, heads, head_dim]`."""
+    """Computes attention for each group of heads with its own keys; returns `[batch, queries, heads, head_dim]`."""
     output = torch.empty_like(query.transpose(1, 2))
     for group in held:
         ring = group.ring

@@ -1,10 +1,12 @@
-"""The matrix of queries times keys, cut into tiles: what is to be computed of it, and in which pieces.
+"""Tiles: which parts of the matrix of queries times keys are computed, and in which pieces.
 
-A tile is some queries of some heads against some keys. With one of the two in reverse order its bias is a view of one
-line (`alibi.bias_view`). Heads with a short window skip the keys beyond it, which makes them cost linear time.
+A tile is a range of queries against a range of keys, for some heads. If the queries or the keys are in reverse order,
+the bias of a tile is a view of one line (`alibi.bias_view`). Heads with a short window skip the keys beyond it, so
+their cost is linear in the length.
 
-A softmax needs all its keys at once: forward goes through blocks of queries and what they see. Gradients are sums over
-queries and over keys: backward goes through blocks of keys and what sees them, and hides less that way.
+The forward pass goes through blocks of queries, each with all keys that it sees, because a softmax needs all its keys
+at once. The backward pass goes through blocks of keys, each with all queries that see it. Gradients are sums, so it
+is free to do so, and fewer of the computed scores are masked out.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,26 +17,41 @@ from torch import Tensor
 
 from .alibi import bias_view
 
-NEAR_BLOCK = 256  # queries in a tile: half of it is what it hides in vain
-FULL_SPEED = 768  # queries from which on the kernels take more of them at once
-FAR = 4096  # keys: for queries that see so much, full speed outweighs what is hidden in vain
-KEY_BLOCK = 512  # keys in a tile of backward, which its kernel takes at once
-MAX_BLOCKS = 8  # blocks in a tile: work for that many threads, in bounded memory
-FEW_KEYS = 1024  # up to so many there is little to win by leaving some out
-GRAIN = 128  # windows end at multiples of this, so that heads with similar ones share a tile
+# These constants trade speed and memory; they change results only by rounding. They suit PyTorch 2.13 on 2 CPU cores
+# (AMD EPYC), measured with `hf_alibi benchmark attention --backends sdpa`.
+
+# Queries per forward tile of a head with a short reach. Each tile computes about half a block of future keys per query
+# for nothing. A smaller block wastes less, but needs more kernel calls.
+NEAR_BLOCK = 256
+# Queries per forward tile of a head with a long reach. From this number on, the CPU kernel takes larger blocks of
+# queries at once, which is faster per score.
+FULL_SPEED = 768
+# Reach in keys from which a forward tile has FULL_SPEED queries. The faster kernel then outweighs the additional
+# future keys that are computed for nothing.
+FAR = 4096
+# Keys per backward tile: as many as the CPU kernel takes at once. A larger block computes more masked scores, a
+# smaller one does not fill the kernel's block.
+KEY_BLOCK = 512
+# Blocks per tile. The threads of the kernel share the blocks: fewer leave threads idle, more take more memory.
+MAX_BLOCKS = 8
+# Keys up to which windows are ignored. Skipping keys saves little there, and finding the windows costs time.
+FEW_KEYS = 1024
+# Windows are rounded up to a multiple of this number of keys. A coarser grain computes more keys than needed, but lets
+# more heads share a tile.
+GRAIN = 128
 
 
 class Tile(NamedTuple):
-    """Queries of some heads and keys that they need; or several blocks of one head, each some steps after the last.
+    """One block of queries and keys for some heads, or several blocks of equal size for one head.
 
     Attributes:
         heads: The query heads.
-        kv_heads: Their key-value heads.
+        kv_heads: The key-value heads of these query heads.
         queries: The queries of the first block.
         keys: The keys of the first block.
         blocks: Number of blocks.
-        query_step: From the queries of a block to those of the next.
-        key_step: From the keys of a block to those of the next.
+        query_step: Offset from the queries of one block to the queries of the next.
+        key_step: Offset from the keys of one block to the keys of the next.
     """
 
     heads: slice
@@ -47,42 +64,42 @@ class Tile(NamedTuple):
 
     @property
     def is_of_one_head(self) -> bool:
-        """Whether there is one query head."""
+        """Whether the tile has a single query head."""
         return self.heads.stop - self.heads.start == 1
 
     @property
     def num_queries(self) -> int:
-        """Queries in a block."""
+        """Number of queries in a block."""
         return self.queries.stop - self.queries.start
 
     @property
     def num_keys(self) -> int:
-        """Keys in a block."""
+        """Number of keys in a block."""
         return self.keys.stop - self.keys.start
 
     def of_queries(self, states: Tensor) -> Tensor:
-        """Views `[batch, heads, queries, ...]` as `[batch, heads or blocks, num_queries, ...]`."""
+        """Returns a view `[batch, heads or blocks, num_queries, ...]` of states `[batch, heads, queries, ...]`."""
         return _cut(states[:, self.heads], self.queries, self.blocks, self.query_step)
 
     def of_keys(self, states: Tensor) -> Tensor:
-        """Views `[batch, key_value_heads, keys, ...]` as `[batch, heads or blocks, num_keys, ...]`."""
+        """Returns a view `[batch, heads or blocks, num_keys, ...]` of states `[batch, key_value_heads, keys, ...]`."""
         return _cut(states[:, self.kv_heads], self.keys, self.blocks, self.key_step)
 
     def bias(self, line: Tensor, corner: int) -> Tensor:
-        """Views a line as the bias of the tile, `[1, heads or blocks, num_queries, num_keys]`, as `bias_view` does."""
+        """Returns the bias of the tile, `[1, heads or blocks, num_queries, num_keys]`, as a view like `bias_view`."""
         shift = self.query_step - self.key_step
         view = bias_view(line, self.heads, self.num_queries + (self.blocks - 1) * shift, self.num_keys, corner)
         return _cut(view, slice(0, self.num_queries), self.blocks, shift)
 
     def add_queries(self, into: Tensor, states: Tensor) -> None:
-        """Adds states as `of_queries` cuts them to their place; those of blocks may overlap."""
+        """Adds states, cut as `of_queries` cuts them, to their rows of `into`. Blocks may overlap."""
         rows = self.queries
         for block, part in enumerate(states.chunk(self.blocks, dim=1)):
             step = block * self.query_step
             into[:, self.heads, rows.start + step : rows.stop + step] += part
 
     def put_keys(self, into: Tensor, states: Tensor) -> None:
-        """Puts states as `of_keys` cuts them in their place; of blocks with the same keys, the sum."""
+        """Writes states, cut as `of_keys` cuts them, to their rows of `into`. Blocks with equal keys are summed."""
         if self.blocks > 1 and not self.key_step:
             into[:, self.kv_heads, self.keys] = states.sum(1, keepdim=True)
         else:
@@ -99,12 +116,12 @@ def _cut(states: Tensor, rows: slice, blocks: int, step: int) -> Tensor:
 
 
 def query_tiles(query: Tensor, key: Tensor, windows: Tensor | None) -> Iterator[Tile]:
-    """Covers every query of every head once, in tiles of queries and all the keys that these see.
+    """Yields tiles that contain every query of every head once, with all keys that it sees.
 
     Args:
-        query: `[batch, heads, queries, head_dim]`, for its shape; the queries are the last of the keys.
-        key: `[batch, key_value_heads, keys, head_dim]`, for its shape.
-        windows: How far back each query head looks, `[heads]`; `None`: to the first key.
+        query: `[batch, heads, queries, head_dim]`. Only the shape is used. The queries belong to the last keys.
+        key: `[batch, key_value_heads, keys, head_dim]`. Only the shape is used.
+        windows: `[heads]`, the distance that each query head sees; `None` for no limit.
     """
     num_queries, num_keys = query.shape[2], key.shape[2]
     past = num_keys - num_queries
@@ -118,43 +135,49 @@ def query_tiles(query: Tensor, key: Tensor, windows: Tensor | None) -> Iterator[
 
 
 def key_tiles(query: Tensor, key: Tensor, windows: Tensor | None) -> Iterator[Tile]:
-    """Covers every pair of a query and a key that it sees once, in tiles of keys and all the queries that see these.
+    """Yields tiles that contain every visible pair of a query and a key once: blocks of keys, with all their queries.
 
-    Arguments as in `query_tiles`.
+    The arguments are those of `query_tiles`.
     """
     num_queries, num_keys = query.shape[2], key.shape[2]
     past = num_keys - num_queries
     reach, size = _reach(query, key, windows), query.shape[1] // key.shape[1]
-    # The first may be shorter, so that what is left of the queries is whole blocks.
+    # The first block may be shorter than the others. The number of remaining queries is then a multiple of KEY_BLOCK.
     for stop in range((num_keys - 1) % KEY_BLOCK + 1, num_keys + 1, KEY_BLOCK):
         start = max(0, stop - KEY_BLOCK)
         first = max(0, start - past)
         for last, group in groupby(range(len(reach)), key=lambda head: min(num_queries, stop - past + reach[head])):
-            if first < last:  # else they lie further back than any query looks
+            # Otherwise no query sees these keys.
+            if first < last:
                 yield Tile(*_heads(group, size), slice(first, last), slice(start, stop))
 
 
 def _heads(kv_heads: Iterable[int], size: int) -> tuple[slice, slice]:
-    """Returns the query heads and the key-value heads of some of the latter that lie side by side."""
+    """Returns the query heads and the key-value heads, as slices, for consecutive key-value heads."""
     first, *rest = kv_heads
     stop = first + 1 + len(rest)
     return slice(size * first, size * stop), slice(first, stop)
 
 
 def _reach(query: Tensor, key: Tensor, windows: Tensor | None) -> list[int]:
-    """Returns how far back the queries of each key-value head look, in whole grains."""
+    """Returns for each key-value head the distance that its queries see, rounded up to a multiple of `GRAIN`."""
     kv_heads, num_keys = key.shape[1:3]
     if windows is None or num_keys <= FEW_KEYS:
         return [num_keys] * kv_heads
     furthest = windows.view(kv_heads, -1).amax(1).tolist()
-    least = FULL_SPEED - KEY_BLOCK  # what a block of keys then has for queries, the kernel takes at full speed
+    # Large enough that every block of keys meets FULL_SPEED queries, except at the end of the text.
+    least = FULL_SPEED - KEY_BLOCK
     return [max(least, -(-window // GRAIN) * GRAIN) for window in furthest]
 
 
 def joined(tiles: Iterable[Tile]) -> list[Tile]:
-    """Makes blocks of the tiles of single heads, which windows make alike, for the kernel's threads to share."""
+    """Joins tiles of the same single head into tiles of several blocks, so that the kernel's threads share the work.
+
+    With windows, most tiles of a head have equal sizes and equal steps, which makes this possible.
+    """
     result: list[Tile] = []
-    latest: dict[tuple[int, int], int] = {}  # where the tile before it is that has the same heads
+    # By heads: the index in `result` of their latest tile.
+    latest: dict[tuple[int, int], int] = {}
     for tile in tiles:
         heads = tile.heads.start, tile.heads.stop
         longer = _with_block(result[latest[heads]], tile) if heads in latest else None
@@ -167,7 +190,7 @@ def joined(tiles: Iterable[Tile]) -> list[Tile]:
 
 
 def _with_block(tile: Tile, more: Tile) -> Tile | None:
-    """Returns the tile with the other one as a further block, or `None` if it would not be like the others."""
+    """Returns `tile` with `more` as a further block, or `None` if size or step differ from those of its blocks."""
     query_step = more.queries.start - tile.queries.start - (tile.blocks - 1) * tile.query_step
     key_step = more.keys.start - tile.keys.start - (tile.blocks - 1) * tile.key_step
     alike = (tile.heads, tile.num_queries, tile.num_keys) == (more.heads, more.num_queries, more.num_keys)
@@ -178,7 +201,7 @@ def _with_block(tile: Tile, more: Tile) -> Tile | None:
 
 
 def in_pieces(tile: Tile) -> Tile:
-    """Makes blocks of the queries of a single head, for the same end, where many see the same keys."""
+    """Splits a tile of one head and many queries into blocks with equal keys, so that threads share the work."""
     if tile.is_of_one_head and tile.blocks == 1:
         size = tile.num_queries
         for blocks in range(MAX_BLOCKS, 1, -1):

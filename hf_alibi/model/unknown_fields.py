@@ -1,7 +1,7 @@
-"""What a config says of fields that its model does not have.
+"""Warnings about config fields that the model does not have.
 
-Transformers keeps any name that a config is given as an attribute. A field that is misspelt, or that belongs to
-another model, would change nothing, without a word.
+Transformers stores every field that a config is given, known or not. Without a warning, a misspelt field or a field of
+another model would silently have no effect.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 BOOKKEEPING = frozenset(
     {
-        # Arguments of every config in Transformers that are no fields of it.
+        # Arguments that every config in Transformers accepts, but that are no dataclass fields.
         "attn_implementation",
         "experts_implementation",
         "model_type",
@@ -23,7 +23,7 @@ BOOKKEEPING = frozenset(
         "per_layer_config",
         "torch_dtype",
         "use_return_dict",
-        # What Transformers and libraries around it write into a saved config.
+        # Entries that Transformers and related libraries write into a saved config.
         "auto_map",
         "base_model_name_or_path",
         "compression_config",
@@ -60,33 +60,41 @@ OTHER_NAMES = {
     "attention_dropout": ("attn_pdrop", "attn_dropout"),
     "hidden_dropout": ("resid_pdrop", "embd_pdrop", "dropout"),
 }
-"""What other models call the fields of this one."""
+"""Names that other models use for the fields of this config."""
 
 FIELD_OF = {name: field for field, names in OTHER_NAMES.items() for name in names}
 
 
 def warn_of_unknown_fields(config_class: type, given: Iterable[str]) -> None:
-    """Warns of the names that are no fields of `config_class`, each with the nearest field.
+    """Warns about names that are no fields of `config_class`, and suggests the nearest field for each.
 
     Args:
         config_class: A dataclass.
-        given: Names that a config was given beside its fields.
+        given: Names that a config was given in addition to its fields.
     """
-    bookkeeping = BOOKKEEPING | GenerationConfig().to_dict().keys()  # a model takes those to its generation config
+    # A model moves generation parameters to its generation config.
+    bookkeeping = BOOKKEEPING | GenerationConfig().to_dict().keys()
     unknown = sorted(name for name in given if name not in bookkeeping and not name.startswith("_"))
     if not unknown:
         return
     nearest = {name: nearest_field(config_class, name) for name in unknown}
     hints = [f"{name} (did you mean {field}?)" if field else name for name, field in nearest.items()]
     warnings.warn(
-        f"{config_class.__name__} has no field {', '.join(hints)}: given, but without effect.",
+        f"{config_class.__name__} has no field {', '.join(hints)}. "
+        "Unknown fields have no effect; correct or remove them.",
         UserWarning,
         stacklevel=2,
     )
 
 
 def nearest_field(config_class: type, name: str, similarity: float = 0.6) -> str | None:
-    """Returns the field that `name` may mean, at least this similar (0 to 1), or `None`."""
+    """Returns the field whose name, or name in other models, is most similar to `name`, or `None`.
+
+    Args:
+        config_class: A dataclass.
+        name: An unknown name.
+        similarity: Minimum similarity, from 0 to 1.
+    """
     known = {field.name: field.name for field in fields(config_class)} | FIELD_OF
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=similarity)
     return known[nearest[0]] if nearest else None

@@ -1,21 +1,21 @@
-"""Lossless head windows: the distance beyond which a head cannot see anything that a float would show.
+"""Lossless head windows: the distance beyond which all keys of a head together weigh less than float32 rounding.
 
-Let U bound the scores before the bias, |q_i . k_j| / sqrt(d) <= U. A key at distance n then weighs at most
-e^(U - m n), and the keys up to the query itself together at least e^(-U) times a geometric series in e^(-m).
-The keys further away than W therefore have at most the fraction
+Let m be the slope of the head, and let U bound the scores before the bias: |q_i . k_j| / sqrt(d) <= U. Before
+normalization, a key at distance n has a weight of at most e^(U - m n). The weights of all keys sum to at least e^(-U)
+times a geometric series in e^(-m). So the keys further away than W have at most the fraction
 
     e^(2U - m (W + 1))
 
-of the softmax's mass, and leaving them out changes the output by at most twice that times max |v|. For a
-tolerance eps the fraction stays below eps from
+of the attention. Leaving them out changes the output by at most twice this fraction times max |v|. The fraction is
+below a tolerance eps if W is at least
 
     W = ceil((2U + ln(1 / eps)) / m)
 
-on, which at eps = 2^-24, the rounding of float32, makes the window an exact rewriting for every practical
-purpose. The sum of all windows is a constant: attention costs linear time, however long the text.
+The default eps is 2^-24, the rounding of float32. Windows do not depend on the length of the text, so attention costs
+linear time.
 
-Attention takes U from the norms of the queries and keys at hand, which holds whatever has made them. A cache that
-is to throw keys away must know U before any data: QK-norm gives it, from the weights alone.
+Attention takes U from the norms of its queries and keys, so U holds no matter how they were computed. A cache that
+drops keys must know U in advance. QK-norm gives it from the weights alone.
 """
 
 import math
@@ -24,29 +24,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-UNLIMITED = 2**62  # tokens: a window that every text fits in
+# A window in tokens that is longer than every text.
+UNLIMITED = 2**62
 
 
 def head_windows(slopes: Tensor, score_bounds: Tensor, tolerance: float) -> Tensor:
-    """Returns for every head the distance W beyond which keys may be left out, `[heads]`, integers.
+    """Returns the distance W of every head beyond which keys may be left out, `[heads]`, integers.
 
-    It is `UNLIMITED` for a bound that is not finite, and for a slope that has become 0 in float32.
+    W is `UNLIMITED` if the bound is not finite, or if the slope has become 0 in float32.
 
     Args:
         slopes: `[heads]`, in nats per token.
-        score_bounds: U of every head or of all, in nats, `[heads]` or `[]`.
-        tolerance: eps, the fraction of the softmax's mass that may be lost, above 0.
+        score_bounds: U in nats, `[heads]`, or `[]` for all heads.
+        tolerance: eps, the fraction of the attention that may be lost, above 0.
     """
     distances = (2 * score_bounds.double() - math.log(tolerance)) / slopes.detach().double()
-    return torch.where(distances < UNLIMITED, distances.ceil(), UNLIMITED).long()  # NaN is not less
+    # NaN compares as false, so it gives UNLIMITED too.
+    return torch.where(distances < UNLIMITED, distances.ceil(), UNLIMITED).long()
 
 
 def qk_norm_bound(query_gain: Tensor, key_gain: Tensor) -> Tensor:
-    """Returns U, `[]`, for queries and keys out of an RMSNorm with these gains, by Cauchy and Schwarz.
+    """Returns U, `[]`, for queries and keys that leave an RMSNorm with these gains.
 
-    Normed vectors have length sqrt(d), so their weighted product is at most d times the largest product of
-    gains, and U is that over sqrt(d). Rounded to bfloat16, queries, keys and gains may each exceed their
-    exact values by 2^-9, which 1% covers.
+    Normalized vectors have length sqrt(d). By the Cauchy-Schwarz inequality the product of query and key is at most d
+    times the largest product of gains, and U is this divided by sqrt(d). In bfloat16, rounding may increase queries,
+    keys and gains by a factor of 1 + 2^-9 each. An additional 1% covers this.
 
     Args:
         query_gain: `[head_dim]`.
@@ -57,12 +59,12 @@ def qk_norm_bound(query_gain: Tensor, key_gain: Tensor) -> Tensor:
 
 
 def norm_bounds(query: Tensor, key: Tensor, scaling: float) -> Tensor:
-    """Returns U of every query head, `[heads]`, for the queries and keys at hand.
+    """Returns U of every query head, `[heads]`, from the largest norms of its queries and keys.
 
     Args:
         query: `[batch, heads, queries, head_dim]`.
         key: `[batch, key_value_heads, keys, head_dim]`.
-        scaling: Factor of the scores.
+        scaling: Factor of the scores before the bias is added.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     longest_query, longest_key = (
@@ -74,13 +76,13 @@ def norm_bounds(query: Tensor, key: Tensor, scaling: float) -> Tensor:
 
 @dataclass(frozen=True)
 class WindowGuarantee:
-    """The windows of a layer with QK-norm, and what leaving out the rest can change.
+    """The windows of a layer with QK-norm, and how much leaving out further keys can change the output.
 
     Attributes:
-        slopes: Of every query head, in nats per token.
-        windows: Of every query head, in tokens.
+        slopes: The slope of every query head, in nats per token.
+        windows: The window of every query head, in tokens.
         score_bound: U, in nats.
-        tolerance: eps; outputs change by at most 2 eps max |v|.
+        tolerance: eps. Outputs change by at most 2 eps max |v|.
     """
 
     slopes: list[float]
@@ -89,11 +91,11 @@ class WindowGuarantee:
     tolerance: float
 
     def __str__(self) -> str:
-        """A table of the windows, a line for each head, and the guarantee."""
+        """Returns a table with one line per head, and the guarantee."""
         rows = [f"{'head':>4}  {'slope':>10}  {'window':>10}"]
         for head, (slope, window) in enumerate(zip(self.slopes, self.windows, strict=True)):
             rows.append(f"{head:>4}  {slope:>10.3g}  {window:>10,}")
-        rows.append(f"together {sum(self.windows):,} keys a query, whatever the length of the text")
+        rows.append(f"all heads together: {sum(self.windows):,} keys per query, for any length of the text")
         rows.append(
             f"|score| <= {self.score_bound:.4g} nats; outputs change by at most {2 * self.tolerance:.3g} max|v|"
         )
@@ -101,10 +103,10 @@ class WindowGuarantee:
 
 
 def qk_norm_guarantee(slopes: list[float], query_gain: Tensor, key_gain: Tensor, tolerance: float) -> WindowGuarantee:
-    """Returns the windows of a layer whose queries and keys come out of an RMSNorm with these gains.
+    """Returns the windows of a layer whose queries and keys leave an RMSNorm with these gains.
 
     Args:
-        slopes: Of every query head, in nats per token.
+        slopes: The slope of every query head, in nats per token.
         query_gain: `[head_dim]`.
         key_gain: `[head_dim]`.
         tolerance: eps, above 0.

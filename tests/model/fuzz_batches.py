@@ -1,4 +1,4 @@
-"""The batch of a fuzzed case: who sees whom, how the model is told, and what a plain reading of that gives."""
+"""The batch of a fuzzed case: its documents, the arguments that describe them, and the logits of a plain model."""
 
 from typing import Any
 
@@ -71,7 +71,8 @@ class Batch:
         """The length of the longest text read up to now."""
         end = self.tokens.shape[1]
         lengths = self.positions[self.source, :end] + 1
-        if self.case.encoding in FOUR_DIMENSIONS:  # under which nothing is known to be padding
+        # A four-dimensional mask does not show which tokens are padding.
+        if self.case.encoding in FOUR_DIMENSIONS:
             return int(lengths.max()) if self.case.encoding == "4D with positions" else end
         return int((lengths * self.real()).max())
 

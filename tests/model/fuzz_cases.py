@@ -9,13 +9,15 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-Run = tuple[int, int]  # a document, counted from 1, or 0 for padding; and how many tokens of it
+# The number of a document, from 1, or 0 for padding; and its number of tokens.
+Run = tuple[int, int]
 Step = tuple[Any, ...]
 
 HEADS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 20]
-LONG = (1025, 1300)  # tokens: windows set in above 1,024
+# Numbers of tokens in long texts. Up to 1,024 tokens, windows are ignored.
+LONG = (1025, 1300)
 SHAPES = ["whole", "left", "right", "both sides", "holes", "packed", "packed and padded"]
-# Every way to describe a batch: one document a row; any documents; documents without padding.
+# All ways to describe a batch: with one document per row, with any documents, with documents but no padding.
 ONE_DOCUMENT = ["mask", "boolean mask", "float mask"]
 DOCUMENTS = [
     "positions and mask",
@@ -33,7 +35,8 @@ WITHOUT_PADDING = [
     "cumulative lengths and positions",
 ]
 CAUSAL_MASKS = ["4D boolean", "4D lowest", "4D infinite", "4D by head", "4D numbers"]
-ALL_AT_ONCE = ["4D with positions", "4D future"]  # not with a cache
+# These work without a cache only.
+ALL_AT_ONCE = ["4D with positions", "4D future"]
 FOUR_DIMENSIONS = CAUSAL_MASKS + ALL_AT_ONCE
 
 
@@ -43,10 +46,10 @@ class Case:
 
     Attributes:
         config: Fields of `AlibiGPTConfig`.
-        gain: Of QK-norm, which makes windows short or long.
+        gain: The gain of QK-norm, which makes windows short or long.
         dtype: Of the model; "autocast" is a float32 model under autocast to bfloat16.
         backend: Attention implementation.
-        small_tiles: Whether tiles, rings and the lengths from which windows pay are a fraction of their usual size.
+        small_tiles: Whether tiles, rings and the smallest lengths with windows are a fraction of their usual size.
         rows: The batch, every row as runs.
         encoding: How the batch is described to the model.
         cache: Its kind; `None`: no cache, and one step.
@@ -75,7 +78,7 @@ class Case:
 
     @property
     def needs_lost_keys(self) -> bool:
-        """Whether padding behind a token, or a mask, may ask for keys that the windowed cache no longer has."""
+        """Whether padding after a token, or a mask, may need keys that the windowed cache no longer has."""
         inner = any(document == 0 for row in self.rows for document, _ in row[1:])
         return self.cache == "windowed" and (inner or self.encoding in FOUR_DIMENSIONS)
 
@@ -90,8 +93,8 @@ def cases(draw: st.DrawFn, backends: tuple[str, ...] = ("eager", "sdpa")) -> Cas
     shape = draw(st.sampled_from(SHAPES))
     is_dynamic = config.get("alibi_scaling") == {"type": "dynamic"}
     if is_dynamic and cache is not None:
-        # A pass takes the longest text of the batch for its length. Of texts that have ended, that could be said
-        # in more than one way.
+        # The length of a pass is that of the longest text in the batch. For texts that have ended, this length would
+        # be ambiguous.
         shape = draw(st.sampled_from(["whole", "left"]))
     length = draw(st.integers(*LONG) if is_long else st.integers(1, 60) | st.integers(1, 200))
     batch = draw(st.integers(1, 2 if is_long else 3))
@@ -132,7 +135,7 @@ def _configs(draw: st.DrawFn, is_long: bool, needs_windows: bool) -> dict[str, A
     for name in ("attention_bias", "mlp_bias", "embedding_norm", "tie_word_embeddings", "alibi_slopes_trainable"):
         config[name] = draw(st.booleans())
     config["qk_norm"] = needs_windows or draw(st.booleans())
-    # A norm over a single number gives its sign, at which rounding can be as wrong as it likes.
+    # A norm over a single number returns its sign, for which rounding errors can be arbitrarily large.
     config["head_dim"] = draw(st.sampled_from([2, 3, 5, 8, 16] if config["qk_norm"] else [1, 2, 3, 5, 8, 16]))
     if config["norm_type"] == "layernorm":
         config["norm_bias"] = draw(st.booleans())
@@ -161,7 +164,7 @@ def _rows(draw: st.DrawFn, shape: str, length: int) -> list[Run]:
     elif shape == "packed":
         documents = [n + 1 for n in range(len(sizes))]
     else:
-        # In "holes" the one document goes on after them.
+        # In "holes" the single document continues after them.
         documents, document = [], 1
         for _ in sizes:
             is_hole = draw(st.booleans())
@@ -192,7 +195,8 @@ def _encodings(rows: list[list[Run]], cache: str | None) -> list[str]:
         found += WITHOUT_PADDING
     if not is_packed and not is_padded:
         found.append("nothing")
-    if not has_holes:  # in a mask of queries times keys, a hole has a length
+    # In a mask of queries times keys, holes count as distance.
+    if not has_holes:
         found += CAUSAL_MASKS if cache else FOUR_DIMENSIONS
     return found
 

@@ -1,8 +1,7 @@
 """Every attention implementation against the float64 oracle: forward, gradients, padding, packing, masks.
 
-A tolerance is never a matter of taste: it is a small multiple of the error that the textbook
-implementation (a stored relative bias, PyTorch's plain operations) makes in the same dtype on the same
-input.
+A tolerance is a small multiple of the error that the textbook implementation (a stored relative bias, PyTorch's plain
+operations) makes in the same dtype on the same input.
 """
 
 import math
@@ -50,7 +49,7 @@ def attend(backend: str, query: Tensor, key: Tensor, value: Tensor, layout: Toke
 
 
 def textbook(query: Tensor, key: Tensor, value: Tensor, slopes: list[float]) -> Tensor:
-    """Dense relative bias and plain operations, all in the dtype of the queries."""
+    """Computes attention with a stored relative bias and plain operations, all in the dtype of the queries."""
     groups = query.shape[1] // key.shape[1]
     i = torch.arange(query.shape[2])
     bias = -torch.tensor(slopes)[:, None, None] * (i[:, None] - i)
@@ -92,7 +91,8 @@ def test_gradients_of_trainable_slopes_equal_the_oracle(
     true_slopes = [slope.clone().detach().requires_grad_() for slope in slopes]
     expected = oracle.attention(*inputs, true_slopes, SCALING, visible)
     direction = torch.randn_like(expected)
-    direction[:, :, :2] = 0  # rows of padding
+    # The first two rows are padding.
+    direction[:, :, :2] = 0
     (gradient,) = torch.autograd.grad(output, slopes, direction)
     true = torch.stack(torch.autograd.grad(expected, true_slopes, direction))
     torch.testing.assert_close(gradient, true, rtol=1e-10, atol=1e-9)
@@ -100,7 +100,7 @@ def test_gradients_of_trainable_slopes_equal_the_oracle(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d).split(".")[1])
 def test_gradients_of_trainable_slopes_are_as_accurate_as_those_of_eager_in_16_bits(dtype: torch.dtype) -> None:
-    """Positions beyond 256 have no place in bfloat16, nor has a sum in which they cancel."""
+    """bfloat16 can represent neither positions beyond 256 nor a sum in which large terms cancel."""
     heads, length = 6, 1100
     inputs = states(heads, heads, length, length, dtype=dtype)
     slopes = torch.tensor(alibi_slopes(heads), requires_grad=True)
@@ -117,7 +117,7 @@ def test_gradients_of_trainable_slopes_are_as_accurate_as_those_of_eager_in_16_b
 
 
 def test_gradients_of_trainable_slopes_are_as_exact_in_long_texts() -> None:
-    """Far keys, of which a steep head sees nothing, leave no rounding behind."""
+    """Distant keys that a steep head does not see add no rounding error."""
     heads, length = 6, 1500
     inputs = states(heads, heads, length, length, batch=1, dtype=torch.float32)
     slopes = torch.tensor(alibi_slopes(heads), requires_grad=True)
@@ -126,7 +126,8 @@ def test_gradients_of_trainable_slopes_are_as_exact_in_long_texts() -> None:
     outputs = [oracle.attention(*inputs, true_slopes, SCALING)]
     outputs += [attend(backend, *inputs, layout) for backend in BACKENDS]
     errors = []
-    for _ in range(3):  # a single error can be small by chance
+    # A single error can be small by chance.
+    for _ in range(3):
         direction = torch.randn_like(outputs[0])
         true, *gradients = (
             torch.stack(torch.autograd.grad((output * direction).sum(), true_slopes, retain_graph=True))
@@ -167,7 +168,8 @@ def test_every_row_is_as_accurate_as_a_dense_relative_bias(backend: str, dtype: 
     error = (attend(backend, query, key, value, layout) - expected).abs().amax((0, 1, 3))
     allowed = (textbook(query, key, value, oracle.paper_slopes(heads)) - expected).abs().amax((0, 1, 3))
     factor = 2.0 if dtype == torch.float32 else 1.2
-    for rows in torch.arange(length).chunk(16):  # not the last rows alone, and not the worst row for all
+    # Compares within groups of rows. A maximum over all rows would only test the least accurate ones.
+    for rows in torch.arange(length).chunk(16):
         assert error[rows].max() <= factor * allowed[rows].max()
 
 
@@ -218,7 +220,8 @@ def test_packed_documents_do_not_see_each_other(backend: str, with_mask: bool, d
     heads, length = 12, 63
     inputs = [x.requires_grad_() for x in states(heads, heads, length, length, batch=2)]
     position_ids = torch.cat([torch.arange(n) for n in documents])[None].repeat(2, 1)
-    position_ids[1] = torch.cat([torch.arange(40), torch.arange(23)])  # each row has its own documents
+    # Each row has different documents.
+    position_ids[1] = torch.cat([torch.arange(40), torch.arange(23)])
     mask = torch.ones(2, length) if with_mask else None
     output = attend(backend, *inputs, layout_of(heads, 2, length, mask, position_ids))
     document = (position_ids == 0).cumsum(1)

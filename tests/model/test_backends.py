@@ -1,4 +1,4 @@
-"""The registry of backends: every other list of them, in the docs and in the benchmark, follows from it."""
+"""The registry of backends: the lists of backends in the docs and in the benchmark agree with it."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ ALIASES = {"kernels-community/flash-attn2", "paged|eager"}
 
 
 def row(name: str, backend: Backend) -> str:
-    """The line of a backend in the table of docs/attention.md."""
+    """Returns the line of a backend in the table of docs/attention.md."""
     flags = ["yes" if flag else "no" for flag in (backend.masks, backend.weights, backend.paged)]
     masks, weights, paged = flags
     cells = [f"`{name}`", backend.devices, backend.dtypes, backend.gradients, masks, weights, paged]
@@ -44,7 +44,7 @@ def test_weights_that_cannot_be_output_are_refused(make_model: ModelFactory, nam
     input_ids = torch.arange(5, 15)[None]
     options = {"output_attentions": True} if asked == "in the call" else {}
     if asked == "in the config":
-        # Transformers' own setter would refuse it for sdpa; a config that was loaded can hold it.
+        # Transformers' setter refuses it for sdpa, but a loaded config can contain it.
         model.config._output_attentions = True
     if BACKENDS[name].weights:
         weights = model(input_ids, **options).attentions

@@ -1,4 +1,4 @@
-"""The windowed cache: it lets go of keys, and nothing else shows it."""
+"""The windowed cache: it drops keys, and gives the same results as a cache that keeps them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from hf_alibi.model import cache
 from hf_alibi.model.alibi import alibi_bias, bias_view, ring_line
 
 LENGTH = 150
-# Windows of 6 to 110 keys, so that a short text already goes round the rings several times.
+# Windows of 6 to 110 keys, so that even a short text fills the rings several times.
 STEEP = [4.0, 2.0, 1.0, 0.5]
 SHAPES: dict[str, dict[str, Any]] = {
     "4-heads": {"num_attention_heads": 4, "alibi_slopes": STEEP},
@@ -35,7 +35,7 @@ each_step = pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS.keys())
 
 @pytest.fixture(autouse=True)
 def small_rings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rings with little to spare, for a few heads each."""
+    """Rings with few spare slots, each for a few heads."""
     monkeypatch.setattr(cache, "SPARE", 5)
     monkeypatch.setattr(cache, "SHARED_SLOTS", 12)
 
@@ -74,7 +74,7 @@ def assert_logits_close(actual: Tensor, expected: Tensor) -> None:
 
 
 def held(past: WindowedCache) -> int:
-    """Keys that the first layer has room for."""
+    """Returns the number of keys for which the first layer has slots."""
     return sum(ring.keys.shape[1] * ring.keys.shape[2] for ring in past.layers[0].rings)
 
 
@@ -145,7 +145,8 @@ def test_held_keys_are_few_and_constant(make_model: ModelFactory) -> None:
 
 
 def test_short_texts_are_held_as_a_whole(make_model: ModelFactory) -> None:
-    model = make_model()  # the paper's slopes: nothing of 150 tokens can be let go but by the steepest heads
+    # With the paper's slopes, only the steepest heads can drop any of 150 keys.
+    model = make_model()
     past = windowed(model)
     in_steps(model, tokens(), [100, 50], past)
     assert past.layers[0].keys.shape == (2, 6, LENGTH, 16)
@@ -223,10 +224,11 @@ def test_taking_back_what_is_gone_is_refused(make_model: ModelFactory) -> None:
 @pytest.mark.parametrize("taken", [LENGTH, LENGTH + 7])
 @pytest.mark.parametrize("prompt", [20, LENGTH])
 def test_taking_back_everything_leaves_an_empty_cache(make_model: ModelFactory, prompt: int, taken: int) -> None:
-    """As with a DynamicCache, also where keys are gone; another batch size may come then."""
+    """As with a DynamicCache, even if keys have been dropped. The batch size may then change."""
     model = make_model(**SHAPES["4-heads"])
     past, plain = windowed(model), DynamicCache(config=model.config)
-    past.crop(-3)  # nothing to take back yet, at which the DynamicCache of Transformers 5.19 fails
+    # There is no token to remove yet. The DynamicCache of Transformers 5.19 fails here.
+    past.crop(-3)
     for either in (past, plain):
         in_steps(model, tokens(), [prompt], either)
         either.crop(-taken)
@@ -255,7 +257,7 @@ def test_what_a_cache_says_of_itself_is_what_a_dynamic_cache_says(make_model: Mo
             either.is_croppable,
             either.is_sliding,
             either.is_linear,
-            # Transformers 5.19 does not ask for these two.
+            # Transformers 5.19 has no such methods.
             getattr(either, "is_dummy", None),
             either.is_recording_past(0) if hasattr(either, "is_recording_past") else None,
             either.is_initialized,
@@ -324,7 +326,8 @@ def test_padding_in_between_is_refused_only_if_it_needs_keys_that_are_gone(make_
     with pytest.raises(ValueError, match="cache_implementation='dynamic'"):
         in_steps(model, input_ids, [110, 30, 10], windowed(model), mask)
     mask = torch.ones_like(input_ids)
-    mask[:, 110:112] = 0  # as much as the rings can spare
+    # The rings have as many spare slots.
+    mask[:, 110:112] = 0
     logits = in_steps(model, input_ids, [105] + [1] * 45, windowed(model), mask)
     with torch.no_grad():
         expected = model(input_ids, attention_mask=mask, use_cache=False).logits
@@ -344,7 +347,7 @@ def test_a_mask_of_the_callers_needs_all_keys(make_model: ModelFactory) -> None:
 def test_a_mask_of_the_callers_goes_with_the_heads_of_a_ring(
     make_model: ModelFactory, monkeypatch: pytest.MonkeyPatch, heads: int
 ) -> None:
-    """All heads share a ring that has lost nothing yet, in the order of their windows."""
+    """All heads share a ring that has lost no key yet. In the ring, heads are sorted by window."""
     monkeypatch.setattr(cache, "SPARE", 64)
     monkeypatch.setattr(cache, "SHARED_SLOTS", 2048)
     model = make_model(num_attention_heads=4, alibi_slopes=[0.25, 4.0, 0.3, 3.0])
@@ -370,7 +373,7 @@ def test_there_is_none_where_it_would_not_be_lossless(make_model: ModelFactory, 
 
 
 def test_a_window_wider_than_any_text_takes_no_memory(make_model: ModelFactory) -> None:
-    """The widest of these would have 10 million million keys; next to it, the others still let go of theirs."""
+    """The largest window is 10^13 keys. The other heads still drop keys."""
     model = make_model(num_attention_heads=4, alibi_slopes=[*STEEP[:3], 1e-12])
     past = windowed(model)
     logits = in_steps(model, tokens(), STEPS["a few at a time"], past)

@@ -1,4 +1,4 @@
-"""What the code that travels stands on in Transformers and PyTorch; a failing test names the broken promise."""
+"""What the model's code needs from Transformers and PyTorch. A failing test names the changed behaviour."""
 
 import ast
 import inspect
@@ -69,7 +69,7 @@ def test_both_names_at_once_are_refused(make_model: ModelFactory) -> None:
 @BOTH_NAMES
 def test_a_cache_of_no_known_kind_is_refused_by_name(make_model: ModelFactory, name: str) -> None:
     with pytest.raises(
-        ValueError, match="The cache is a tuple, which no attention here can read; pass a DynamicCache"
+        ValueError, match="The cache is a tuple, which no attention backend can read; pass a DynamicCache"
     ):
         make_model()(tokens(), **{name: ((torch.zeros(1, 6, 3, 16),) * 2,) * 2})
 
@@ -78,14 +78,15 @@ def test_outputs_hold_the_cache_under_the_name_in_use(make_model: ModelFactory) 
     for model in (make_model(), make_model().model):
         outputs = model(tokens())
         assert isinstance(outputs[CACHE_NAME], DynamicCache)
-        assert outputs.past_key_values is outputs[CACHE_NAME]  # the name of before, which Transformers still knows
+        # Transformers still accepts the old name.
+        assert outputs.past_key_values is outputs[CACHE_NAME]
     assert CACHE_NAME in inspect.signature(BaseModelOutputWithPast).parameters
 
 
 def test_nothing_deprecated_is_called(
     make_model: ModelFactory, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Transformers logs the old name of the cache once a process, and warns of arguments in a `FutureWarning`."""
+    """Transformers logs the old cache name once per process, and warns about arguments with a `FutureWarning`."""
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]  # Transformers has added it
     model = make_model(vocab_size=290)
@@ -109,7 +110,7 @@ def test_evaluation_by_trainer_leaves_the_cache_out(make_model: ModelFactory, tm
     assert prediction.metrics["test_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-# What a caller asks for, which decorators of Transformers did before.
+# Optional outputs, without the decorators of Transformers.
 
 
 def test_hidden_states_of_some_layers(make_model: ModelFactory) -> None:
@@ -168,7 +169,7 @@ def test_heads_return_a_tuple_where_one_is_asked_for(make_model: ModelFactory, h
 def test_layers_that_run_again_in_backward_get_no_cache(make_model: ModelFactory) -> None:
     model = make_model()
     expected = torch.autograd.grad(model(tokens(), labels=tokens()).loss, model.model.norm.weight)[0]
-    # Since 5.24 Transformers calls it so, and deprecates the name of before.
+    # Transformers has this name since 5.24, and deprecates the old one.
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable()
     model.train()
@@ -203,7 +204,7 @@ def test_a_version_newer_than_any_tried_is_warned_of_once(
     make_model(), make_model()
     (record,) = [record for record in caplog.records if record.name == versions.__name__]
     newest = versions.TRIED_VERSIONS[package.__name__][-1]
-    assert f"tried with {package.__name__} up to {newest}, and {version} is installed" in record.getMessage()
+    assert f"tested with {package.__name__} up to {newest}, but {version} is installed" in record.getMessage()
     assert "hf_alibi refresh" in record.getMessage()
 
 
@@ -238,7 +239,7 @@ def test_the_version_of_the_package_is_cited() -> None:
 
 
 def imported_on_loading(file: Path) -> set[str]:
-    """The names of other packages that the file imports as soon as it is read."""
+    """Returns the names that the file imports from other packages when it is loaded."""
     nodes = ast.parse(file.read_text()).body
     imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
     return {f"{node.module}.{alias.name}" for node in imports for alias in node.names}
@@ -293,7 +294,7 @@ def test_generate_still_calls_what_is_overridden(name: str) -> None:
 
 
 def test_the_flash_kernel_of_the_cpu_keeps_its_promises() -> None:
-    """A bias of overlapping strides and another dtype is read; the second result is the log of the softmax's sum."""
+    """It accepts a bias with overlapping strides and another dtype. Its second result is the softmax's logsumexp."""
     assert private_torch.has_own_operator(), "this PyTorch lacks a name in private_torch.py, or has renamed it"
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 3, n, 16, generator=generator) for n in (5, 9, 9))

@@ -1,4 +1,4 @@
-"""What a config answers to tools, which names it knows, and which slopes it refuses."""
+"""The config: lengths that tools read from it, fields that it knows, and slopes that it refuses."""
 
 import json
 import math
@@ -19,11 +19,11 @@ from hf_alibi.positions.sinusoidal import SinusoidalGPTConfig
 FIRST_RELEASE = Path(__file__).parents[1] / "fixtures" / "first-release"
 
 
-# What tools look up, in their order, written anew from their sources.
+# These functions look up lengths as the tools do, in the same order.
 
 
 def evaluation_harness(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """`HFLM.max_length` of lm-evaluation-harness; lighteval and others do the same."""
+    """Returns the length that `HFLM.max_length` of lm-evaluation-harness finds. lighteval and others do the same."""
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
         if hasattr(config, name):
             return getattr(config, name)
@@ -31,12 +31,12 @@ def evaluation_harness(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def embedding_library(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """`max_seq_length` of sentence-transformers."""
+    """Returns the length that `max_seq_length` of sentence-transformers finds."""
     return min(config.max_position_embeddings, tokenizer.model_max_length)
 
 
 def context_window(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """`HuggingFaceLLM` of llama-index, of which 3,900 tokens are asked: a smaller limit in the config wins."""
+    """Returns the length that `HuggingFaceLLM` of llama-index finds: 3,900, or a smaller one in the config."""
     return min(int(config.to_dict().get("max_position_embeddings", 3900)), 3900)
 
 
@@ -81,7 +81,7 @@ def test_its_first_name_is_still_understood(tmp_path: Path) -> None:
 
 
 def test_two_training_lengths_are_refused() -> None:
-    message = "training_length is 512, but max_position_embeddings, its first name, is 256"
+    message = "training_length is 512, but max_position_embeddings, its former name, is 256"
     with pytest.raises(ValueError, match=message):
         AlibiGPTConfig(training_length=512, max_position_embeddings=256)
     with pytest.raises(ValueError, match=message):
@@ -129,7 +129,7 @@ def test_an_unknown_field_is_named_with_the_nearest_real_one(config_class: type,
 
 
 def test_fields_of_other_models_are_named() -> None:
-    with pytest.warns(UserWarning, match=r"has no field attn_config, rope_theta: given, but without effect"):
+    with pytest.warns(UserWarning, match=r"has no field attn_config, rope_theta. Unknown fields have no effect"):
         AlibiGPTConfig(rope_theta=1e4, attn_config={"alibi": True})
 
 
@@ -147,7 +147,7 @@ def test_an_unknown_override_of_a_saved_config_is_named() -> None:
         AutoModelForCausalLM.from_pretrained(FIRST_RELEASE / "qk-norm", hiden_size=3)
 
 
-# Warnings are errors in tests, so these assert that there is none.
+# Warnings are errors in tests, so these tests fail if there is a warning.
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_what_is_saved_loads_without_a_warning(make_model: ModelFactory, tmp_pat
         ({"alibi_max_bias": 150}, "alibi_max_bias=150 and 8 heads give slopes from 7"),
         ({"alibi_max_bias": math.inf}, "alibi_max_bias must be positive and finite, got inf"),
         ({"alibi_max_bias": math.nan}, "alibi_max_bias must be positive and finite, got nan"),
-        ({"alibi_scaling": {"type": "linear", "factor": 1e38}}, r"0.00390625 to 0.5, to be divided by 1e\+38"),
+        ({"alibi_scaling": {"type": "linear", "factor": 1e38}}, r"0.00390625 to 0.5, which are divided by 1e\+38"),
     ],
 )
 def test_slopes_that_float32_cannot_hold_are_refused(values: dict, message: str, trainable: bool) -> None:

@@ -1,4 +1,4 @@
-"""Derivatives of other kinds than one backward pass: `sdpa` has them all right, or refuses by name."""
+"""Derivatives other than a single backward pass: `sdpa` computes them correctly or raises an error."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 
 from hf_alibi import AlibiGPTForCausalLM
 
-# Forward mode compiles some of PyTorch's formulas with a tool that PyTorch has deprecated.
+# In forward mode, PyTorch compiles some formulas with a tool that is deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 
 Function = Callable[[Tensor], Tensor]

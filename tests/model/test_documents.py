@@ -1,6 +1,6 @@
-"""Who sees whom: every way to say where documents end, in every backend, with and without a cache.
+"""Documents in a row: every way to describe them, in every backend, with and without a cache.
 
-The reference is each document run alone. Weights are large, so that a token that sees another document shows it.
+The reference is each document alone. Weights are large, so that a token which sees another document changes visibly.
 """
 
 import shutil
@@ -31,7 +31,8 @@ LENGTH = sum(SIZES)
 flex = pytest.param(
     "flex_attention",
     marks=[
-        pytest.mark.slow,  # its kernels are compiled
+        # It is slow because kernels are compiled.
+        pytest.mark.slow,
         pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention on the CPU needs a C++ compiler"),
         pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
     ],
@@ -42,7 +43,7 @@ no_grad = torch.no_grad()
 
 @pytest.fixture
 def model_of(make_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], AlibiGPTForCausalLM]:
-    """A model with that backend; FlashAttention with the kernels of its tests, whose package is not needed then."""
+    """Returns a model with this backend. FlashAttention gets the kernels of its tests and needs no package."""
 
     def make(backend: str) -> AlibiGPTForCausalLM:
         model = make_model(num_attention_heads=4, hidden_size=64)
@@ -57,7 +58,7 @@ def model_of(make_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> Calla
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
-    """To the rounding of the model's dtype, through two layers."""
+    """Asserts equality up to the rounding of the model's dtype in two layers."""
     tolerance = 0.03 if expected.dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * expected.abs().max().item())
 
@@ -67,7 +68,7 @@ def tokens(batch: int = 1, length: int = LENGTH) -> Tensor:
 
 
 def alone(model: AlibiGPTForCausalLM, input_ids: Tensor, sizes: list[int]) -> Tensor:
-    """The logits of each document by itself, `[1, tokens, vocab_size]`."""
+    """Returns the logits of each document alone, `[1, tokens, vocab_size]`."""
     return torch.cat([model(piece, use_cache=False).logits for piece in input_ids.split(sizes, 1)], 1)
 
 
@@ -76,12 +77,12 @@ def numbers(sizes: list[int], start: int = 0) -> Tensor:
 
 
 def positions(sizes: list[int], *starts: int) -> Tensor:
-    """Positions of documents that begin at `starts`, over and over."""
+    """Returns the positions of documents that begin at `starts` in turn."""
     return torch.cat([torch.arange(size) + starts[i % len(starts)] for i, size in enumerate(sizes)])[None]
 
 
 def bounds(sizes: list[int], past: int = 0) -> dict[str, Any]:
-    """Cumulative lengths, of which the first `past` tokens are cached."""
+    """Returns cumulative lengths. The first `past` tokens are cached."""
     of_keys = torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     of_queries = (of_keys - past).clamp(min=0)
     longest = {"max_length_q": int(of_queries.diff().max()), "max_length_k": max(sizes)}
@@ -116,7 +117,7 @@ each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 
 
 def part(arguments: dict[str, Any], sizes: list[int], start: int, end: int) -> dict[str, Any]:
-    """The arguments of a pass over the tokens from `start` to `end`, those before being in the cache."""
+    """Returns the arguments of a pass over the tokens from `start` to `end`. Earlier tokens are cached."""
     result = {}
     for name, value in arguments.items():
         if name == "position_ids":
@@ -169,7 +170,7 @@ ROWS = [[5, 1, 4, 7], [12], [2, 2, 2]]
 
 
 def padded(side: str) -> tuple[Tensor, list[slice], dict[str, dict[str, Any]]]:
-    """Three rows of documents with padding: tokens, where they are real, and the ways to say it."""
+    """Three rows of documents with padding: tokens, a mask of real tokens, and the ways to describe them."""
     real = []
     ways: dict[str, list[Tensor]] = {"mask": [], "ones": [], "numbers": [], "positions": []}
     for sizes in ROWS:
@@ -220,7 +221,7 @@ def cached(model: AlibiGPTForCausalLM, **arguments: Any) -> DynamicCache:
 
 @no_grad
 def test_a_cache_remembers_with_which_position_its_last_document_begins(make_model: ModelFactory) -> None:
-    """A position alone cannot tell how far back a document reaches that did not begin at 0."""
+    """A position alone does not show how far back a document reaches that did not begin at 0."""
     model, more = make_model(), tokens(1, 3)
     expected = model(torch.cat([tokens()[:, -7:], more], 1)).logits[:, -3:]
     for start in (0, 2, 30):
@@ -265,7 +266,7 @@ def test_passes_that_leave_open_what_they_continue_are_refused(make_model: Model
 CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "positions-and-seq-idx": (
         {"position_ids": positions([9, 8], 0), "seq_idx": numbers([8, 9])},
-        r"seq_idx and position_ids contradict each other: .*token 8 in row 0 begins at token 8.*by the other at 0",
+        r"seq_idx and position_ids contradict.*row 0 begins at token 8 by seq_idx, but at token 0 by position_ids",
     ),
     "one-document-and-two": (
         {"position_ids": torch.arange(LENGTH)[None], "attention_mask": numbers([8, 9], 1)},
@@ -281,8 +282,8 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
         r"cu_seq_lens_q=\[0, 9, 17\] and cu_seq_lens_k=\[0, 8, 17\] contradict each other",
     ),
     "longest": ({**bounds([9, 8]), "max_length_k": 8}, "max_length_k=8 contradicts cu_seq_lens_k: .* has 9 tokens"),
-    "a-document-in-two-pieces": ({"attention_mask": torch.tensor([[1] * 8 + [2] * 8 + [1]])}, "lie apart"),
-    "seq-idx-in-two-pieces": ({"seq_idx": torch.arange(LENGTH)[None] // 4 % 2}, "seq_idx numbers .* lie apart"),
+    "a-document-in-two-pieces": ({"attention_mask": torch.tensor([[1] * 8 + [2] * 8 + [1]])}, "must be contiguous"),
+    "seq-idx-in-two-pieces": ({"seq_idx": torch.arange(LENGTH)[None] // 4 % 2}, "seq_idx has .* must be contiguous"),
     "four-dimensions": (
         {"attention_mask": torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool), "seq_idx": numbers([8, 9])},
         "leave out seq_idx",
@@ -298,11 +299,11 @@ def test_contradictions_are_refused(make_model: ModelFactory, arguments: dict[st
 
 UNFIT: dict[str, tuple[dict[str, Any], str]] = {
     "lengths-too-short": (bounds([9, 7]), r"cu_seq_lens_q=\[0, 9, 16\] must rise from 0 to 17"),
-    "lengths-of-queries-only": ({"cu_seq_lens_q": bounds([9, 8])["cu_seq_lens_q"]}, "belong together"),
+    "lengths-of-queries-only": ({"cu_seq_lens_q": bounds([9, 8])["cu_seq_lens_q"]}, "Only one of cu_seq_lens_q and"),
     "lengths-as-a-list": ({"cu_seq_lens_q": [0, 17], "cu_seq_lens_k": [0, 17]}, "must be a tensor of integers"),
-    "longest-only": ({"max_length_q": 9}, "say nothing without cu_seq_lens_q"),
+    "longest-only": ({"max_length_q": 9}, "need cu_seq_lens_q"),
     "seq-idx-too-short": ({"seq_idx": numbers([9, 7])}, "seq_idx covers 16 tokens"),
-    "seq-idx-below-0": ({"seq_idx": numbers([9, 8]) - 1}, "must number documents from 0"),
+    "seq-idx-below-0": ({"seq_idx": numbers([9, 8]) - 1}, "seq_idx must not be negative"),
     "seq-idx-in-float": ({"seq_idx": numbers([9, 8]).float()}, r"must be a tensor of integers \[1 or 1, tokens\]"),
     "positions-without-batch": ({"position_ids": torch.arange(LENGTH)}, "position_ids must be a tensor of integers"),
     "positions-in-three-rows": ({"position_ids": positions([17], 0).repeat(3, 1)}, "position_ids must be a tensor"),
@@ -314,11 +315,11 @@ UNFIT: dict[str, tuple[dict[str, Any], str]] = {
     "mask-as-a-list": ({"attention_mask": [[1] * LENGTH]}, "attention_mask must be a tensor.*not a list"),
     "mask-as-a-dict": ({"attention_mask": {"full_attention": None}}, "not a dict"),
     "mask-below-0": ({"attention_mask": torch.ones(1, LENGTH).index_fill(1, torch.tensor([0]), -1e4)}, "holds -10000"),
-    "mask-of-halves": ({"attention_mask": torch.full((1, LENGTH), 0.5)}, r"this one holds 0\.5"),
+    "mask-of-halves": ({"attention_mask": torch.full((1, LENGTH), 0.5)}, r"this one contains 0\.5"),
     "mask-with-three-dimensions": ({"attention_mask": torch.ones(1, LENGTH, LENGTH)}, r"it must be \[1, tokens\]"),
     "mask-of-too-many-heads": ({"attention_mask": torch.ones(1, 2, LENGTH, LENGTH).bool()}, "1 or 6 heads"),
     "mask-of-too-many-texts": ({"attention_mask": torch.ones(2, 1, LENGTH, LENGTH).bool()}, "1 or 1 texts"),
-    "float-mask-of-ones": ({"attention_mask": torch.ones(1, 1, LENGTH, LENGTH).tril()}, "make it boolean"),
+    "float-mask-of-ones": ({"attention_mask": torch.ones(1, 1, LENGTH, LENGTH).tril()}, "Make it boolean"),
     "kinds-of-tokens": (
         {"token_type_ids": torch.ones(1, LENGTH, dtype=torch.long)},
         "token_type_ids must be all zero",
@@ -425,14 +426,16 @@ def test_trainer_gets_the_same_loss_from_every_way(make_model: ModelFactory, tmp
 def test_generation_goes_on_in_the_last_document(make_model: ModelFactory, way: Callable, settings: dict) -> None:
     model = make_model()
     if way is WAYS["seq-idx-and-positions-that-jump"]:
-        with pytest.raises(ValueError, match="position_ids jump to 50"):  # `generate` passes on positions alone
+        # `generate` passes only positions on.
+        with pytest.raises(ValueError, match="position_ids jump to 50"):
             model.generate(tokens(), max_new_tokens=1, **way(SIZES))
         return
     settings = {"max_new_tokens": 12, "do_sample": False, **settings}
     expected = model.generate(tokens()[:, -7:], **settings)[0, 7:]
     for cache_implementation in (None, "dynamic", "static"):
         if cache_implementation == "static" and "prompt_lookup_num_tokens" in settings:
-            continue  # Transformers refuses it
+            # Transformers refuses this combination.
+            continue
         chosen = {} if settings.get("use_cache") is False else {"cache_implementation": cache_implementation}
         found = model.generate(tokens(), **settings, **chosen, **way(SIZES))
         assert torch.equal(found[0, LENGTH:], expected)
@@ -446,7 +449,8 @@ def test_generation_with_documents_and_padding(make_model: ModelFactory, side: s
     for row, sizes in enumerate(ROWS):
         start = real[row].stop - sizes[-1]
         mask = torch.ones(1, LENGTH - start, dtype=torch.long)
-        mask[:, sizes[-1] :] = 0  # padding in which the text ends is what it goes on from
+        # The text ends in padding, and continues from there.
+        mask[:, sizes[-1] :] = 0
         alone = model.generate(input_ids[row : row + 1, start:], attention_mask=mask, **options)
         assert torch.equal(found[row], alone[0, LENGTH - start :])
 
@@ -486,7 +490,8 @@ def test_sinusoids_do_not_count_padding(sinusoidal: SinusoidalGPTForCausalLM, si
         assert_close(logits[row : row + 1, real[row]], expected)
 
 
-PADDED = [LENGTH, 11, 4]  # tokens in each row of a batch that is padded on the right
+# Number of tokens in each row of a batch with padding on the right.
+PADDED = [LENGTH, 11, 4]
 
 
 def right_padded() -> tuple[Tensor, Tensor]:
@@ -496,7 +501,7 @@ def right_padded() -> tuple[Tensor, Tensor]:
 @each_backend
 @no_grad
 def test_padding_before_a_token_sees_the_text_before_it(model_of: Any, backend: str) -> None:
-    """Where candidates follow padding, the next token is predicted there: as the text with one pad gives it."""
+    """If candidates follow padding, the last padding predicts their first token, as one padding token would."""
     model, (input_ids, mask) = model_of(backend), right_padded()
     candidates = tokens(3, 3)
     whole = torch.cat([input_ids, candidates], 1)
@@ -539,7 +544,8 @@ def test_candidates_after_padding_give_the_tokens_of_greedy(
 
 
 @pytest.mark.parametrize("name", ["positions-from-0", "positions-from-2", "mask-of-numbers", "seq-idx"])
-@pytest.mark.filterwarnings("default")  # Dynamo fails where it meets a warning that is an error
+# Dynamo fails if a warning is an error.
+@pytest.mark.filterwarnings("default")
 @no_grad
 def test_documents_in_a_compiled_model(make_model: ModelFactory, name: str) -> None:
     torch._dynamo.reset()
@@ -575,7 +581,7 @@ def test_a_mask_of_any_dtype_hides_padding_anywhere_and_whole_rows(
 def test_a_mask_with_four_dimensions(
     model_of: Any, backend: str, static: bool, kind: str, shape: tuple[int, int]
 ) -> None:
-    """It separates two documents, and in part of the cases the pass is the second with a cache."""
+    """It separates two documents. In some cases the pass is the second one with a cache."""
     model, input_ids, sizes = model_of(backend), tokens(2), [9, 8]
     expected = torch.cat([model(piece, use_cache=False).logits for piece in input_ids.split(sizes, 1)], 1)
     number = numbers(sizes)[0]
@@ -600,7 +606,7 @@ def test_positions_that_a_cache_does_not_have_are_refused_with_a_mask_of_four_di
     cache = cached(model)
     mask = torch.ones(1, 1, 2, LENGTH + 2, dtype=torch.bool).tril(LENGTH)
     for start in (LENGTH - 5, LENGTH + 1):
-        with pytest.raises(ValueError, match="position_ids must go on from 17"):
+        with pytest.raises(ValueError, match="position_ids must continue at 17"):
             model(
                 tokens(1, 2),
                 attention_mask=mask,

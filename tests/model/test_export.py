@@ -1,4 +1,4 @@
-"""Compiled and exported: one graph for all lengths, whose results are those of the model."""
+"""Compiled and exported models: one graph for all lengths, with the results of the model."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys()
 
 @pytest.fixture(autouse=True)
 def nothing_compiled() -> None:
-    """What other models have been compiled to counts towards Dynamo's limit."""
+    """Graphs of other models count towards Dynamo's limit, so each test begins without any."""
     torch._dynamo.reset()
 
 
@@ -42,7 +42,7 @@ def tokens(batch: int, length: int) -> Tensor:
 
 
 def padding(batch: int, length: int) -> Tensor:
-    """The first sequence has padding in front, the second behind."""
+    """The first sequence has padding on the left, the second on the right."""
     mask = torch.ones(batch, length, dtype=torch.long)
     mask[0, : length // 3] = mask[1, -(length // 4) :] = 0
     return mask
@@ -90,7 +90,7 @@ def test_one_graph_serves_all_lengths(make_model: ModelFactory, shape: dict[str,
 @pytest.mark.parametrize("qk_norm", [True, False], ids=["qk-norm", "no-qk-norm"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["one-length", "all-lengths"])
 def test_a_compiled_model_has_windows(make_model: ModelFactory, qk_norm: bool, dynamic: bool) -> None:
-    """Ones so narrow that they show; they follow the weights without another graph."""
+    """They are so narrow that they change the output. They follow the weights without a new graph."""
     model = make_model(qk_norm=qk_norm, window_tolerance=0.5, hidden_size=48)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     input_ids, weights = tokens(2, 1800), list(model.parameters())
@@ -122,7 +122,7 @@ def test_a_static_cache_of_any_size(make_model: ModelFactory) -> None:
 
 
 def exported(model: AlibiGPTForCausalLM, strict: bool = False) -> Any:
-    """The model as a program of its own, for any batch and length, made from a short text."""
+    """The model, exported from a short text as a program for any batch and length."""
     inputs = {"input_ids": tokens(2, 7), "attention_mask": torch.ones(2, 7, dtype=torch.long), "use_cache": False}
     sizes = {0: Dim("batch", min=2), 1: Dim("tokens", min=2)}
     shapes = {"input_ids": sizes, "attention_mask": sizes, "use_cache": None}
@@ -143,7 +143,7 @@ def test_a_program_for_all_lengths(make_model: ModelFactory, shape: dict[str, An
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_a_program_in_16_bits(make_model: ModelFactory, dtype: torch.dtype) -> None:
-    """Its attention has one dtype, as most engines ask for, and that is not one that would round the bias."""
+    """Its attention has a single dtype, as most engines need, and one that does not round the bias."""
     model = make_model(num_key_value_heads=2).to(dtype)
     program = exported(model)
     graphs = [module.graph for module in program.modules() if isinstance(module, torch.fx.GraphModule)]
@@ -160,7 +160,7 @@ def test_a_program_in_16_bits(make_model: ModelFactory, dtype: torch.dtype) -> N
 
 
 class Logits(nn.Module):
-    """Tensors in, a tensor out."""
+    """A model from tensors to a tensor."""
 
     def __init__(self, model: AlibiGPTForCausalLM, past: Cache | None = None) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ def test_a_windowed_cache_is_not_exported(make_model: ModelFactory) -> None:
 def test_the_operator_keeps_to_the_rules_for_operators(
     windows: list[int] | None, transposed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That its results have the shapes and strides it promises, that it changes no input, and has a gradient."""
+    """Its results have the declared shapes and strides, it changes no input, and it has a gradient."""
     monkeypatch.setattr(tiles, "FEW_KEYS", 0)
     generator = torch.Generator().manual_seed(0)
     inputs = []

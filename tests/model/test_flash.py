@@ -1,4 +1,4 @@
-"""FlashAttention 2 without a GPU: what reaches its kernels, and what is refused; `test_gpu.py` runs them."""
+"""FlashAttention 2 without a GPU: the inputs of its kernels, and what is refused. `test_gpu.py` runs the kernels."""
 
 import importlib.util
 from pathlib import Path
@@ -34,7 +34,7 @@ def flash_attn_func(
     causal: bool,
     alibi_slopes: Any,
 ) -> Tensor:
-    """What the package documents: `[batch, tokens, heads, head_dim]`, causal from the bottom right corner."""
+    """Computes attention as documented: `[batch, tokens, heads, head_dim]`, causal from the bottom right corner."""
     assert causal
     assert dropout_p == 0
     assert alibi_slopes.dtype == torch.float32
@@ -53,7 +53,7 @@ def flash_attn_varlen_func(
     max_seqlen_k: int,
     **options: Any,
 ) -> Tensor:
-    """What the package documents: the same for each of the sequences that follow each other in `[tokens, ...]`."""
+    """Computes attention as documented: as above for each of the concatenated sequences in `[tokens, ...]`."""
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     query_sizes, key_sizes = torch.diff(cu_seqlens_q), torch.diff(cu_seqlens_k)
     assert (max_seqlen_q, max_seqlen_k) == (query_sizes.max(), key_sizes.max())
@@ -65,7 +65,7 @@ def flash_attn_varlen_func(
 
 
 def attend(inputs: list[Tensor], layout: TokenLayout) -> Tensor:
-    """`[batch, heads, queries, head_dim]` from the kernels above, in bfloat16."""
+    """Returns the output `[batch, heads, queries, head_dim]` of the kernels above, in bfloat16."""
     query, key, value = (x.bfloat16() for x in inputs)
     call = AttentionInputs(query, key, value, layout.slopes, SCALING)
     output = alibi_flash_attention(call, layout, flash_attn_func, flash_attn_varlen_func)
@@ -73,9 +73,10 @@ def attend(inputs: list[Tensor], layout: TokenLayout) -> Tensor:
 
 
 def assert_equals_the_oracle(inputs: list[Tensor], layout: TokenLayout, visible: Tensor | None = None) -> None:
-    """To the rounding of the output."""
+    """Asserts equality up to the rounding of the output."""
     exact = oracle.attention(*(x.bfloat16() for x in inputs), oracle.paper_slopes(HEADS), SCALING, visible)
-    rows = exact.abs().sum((1, 3)) > 0  # of queries that see something
+    # Rows of queries that see some key.
+    rows = exact.abs().sum((1, 3)) > 0
     output = attend(inputs, layout)
     assert output.isfinite().all()
     assert torch.equal(output.transpose(1, 2)[rows], exact.bfloat16().transpose(1, 2)[rows])
@@ -106,7 +107,7 @@ def test_documents_are_runs() -> None:
 
 
 def test_padding_that_a_text_goes_on_from_is_a_run_of_its_own() -> None:
-    """With the keys of the text before it; other padding is in no run."""
+    """Its keys are those of the text before it. Other padding is in no run."""
     mask = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1], [1, 1, 0, 0, 1, 1]])
     runs = layout_of(HEADS, 3, 6, mask).all_runs(3)
     assert runs.query_sizes == [3, 1, 4, 2, 3]
@@ -119,7 +120,7 @@ def test_padding_that_a_text_goes_on_from_is_a_run_of_its_own() -> None:
 @pytest.mark.parametrize("side", ["left", "hole"])
 @pytest.mark.parametrize("with_documents", [False, True], ids=["one-document", "documents"])
 def test_cached_tokens_with_padding_and_documents(side: str, queries: int, with_documents: bool) -> None:
-    """The rows of the last queries, as the full forward has them."""
+    """The outputs are those of the last queries in a full forward pass."""
     length = 63
     position_ids = documents([[30, 33], [25, 38], [60, 3]]) if with_documents else None
     mask = padding(side, length)

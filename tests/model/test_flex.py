@@ -1,4 +1,4 @@
-"""FlexAttention on the CPU against the float64 oracle; `test_gpu.py` has what needs a GPU.
+"""FlexAttention on the CPU against the float64 oracle. `test_gpu.py` has the tests that need a GPU.
 
 The kernels are compiled here, which takes some ten seconds for each kind of input, and less where PyTorch finds
 them in its cache. Beyond the most common kinds, tests are therefore marked slow.
@@ -22,14 +22,14 @@ from hf_alibi.model import flex
 from hf_alibi.model.flex import flex_attention_forward
 from hf_alibi.model.layout import TokenLayout
 
-# PyTorch's compiler imports a module that uses what PyTorch has deprecated.
+# PyTorch's compiler imports a module that uses deprecated functions of PyTorch.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 compiles = pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention on the CPU needs a C++ compiler")
 no_grad = torch.no_grad()
 
 
 def assert_as_accurate_as_eager(inputs: tuple[Tensor, ...], layout: TokenLayout, visible: Tensor | None) -> None:
-    """In float32, with an eager that stores a dense relative bias; only rows that see something count."""
+    """Compares in float32 with attention with a stored relative bias. Ignores rows that see nothing."""
     expected = oracle.attention(*inputs, oracle.paper_slopes(inputs[0].shape[1]), SCALING, visible)
     rows = expected.abs().sum((1, 3)) > 0  # [batch, queries]
     error, allowed = (
@@ -98,13 +98,13 @@ def test_packed_documents_do_not_see_each_other(position_ids: Tensor) -> None:
 
 
 def dense(blocks: Tensor, queries: int, keys: int) -> Tensor:
-    """`[batch, heads, rows, columns]` of blocks, as `[batch, heads, queries, keys]`."""
+    """Expands blocks `[batch, heads, rows, columns]` to `[batch, heads, queries, keys]`."""
     repeated = blocks.repeat_interleave(flex.BLOCK, 2).repeat_interleave(flex.BLOCK, 3)
     return repeated[:, :, :queries, :keys].bool()
 
 
 def listed(counts: Tensor, indices: Tensor) -> Tensor:
-    """The blocks in a list, as booleans `[batch, heads, rows, columns]`."""
+    """Returns the listed blocks as booleans `[batch, heads, rows, columns]`."""
     flags = torch.zeros_like(indices, dtype=torch.bool)
     return flags.scatter(-1, indices.long(), torch.arange(indices.shape[-1]) < counts[..., None])
 
@@ -157,7 +157,8 @@ def test_windows_keep_all_blocks_within_and_few_beyond(layout: TokenLayout) -> N
     for kept in (left, left_by_column):
         assert not (whole & ~kept & (distance <= reach)).any()
         assert not (kept & ~whole).any()
-    contiguous = layout.key_mask is None  # otherwise blocks of padding lie in between
+    # Otherwise, blocks of padding lie between the listed ones.
+    contiguous = layout.key_mask is None
     assert not contiguous or not (left & (distance > reach + 3 * flex.BLOCK)).any()
     assert torch.equal(cut.kv_indices, mask.kv_indices.expand_as(cut.kv_indices))
 
@@ -179,7 +180,7 @@ def test_what_it_cannot_do_is_refused() -> None:
     module = SimpleNamespace(config=AlibiGPTConfig())
     inputs = states(6, 6, 5, 5, dtype=torch.float32)
     layout = layout_of(6, 2, 5)
-    with pytest.raises(ValueError, match=r"no dropout, got attention_dropout=0\.1; use 0, or sdpa"):
+    with pytest.raises(ValueError, match=r"no dropout, got attention_dropout=0\.1; set it to 0, or use sdpa"):
         flex_attention_forward(module, *inputs, layout, SCALING, dropout=0.1)
     with pytest.raises(ValueError, match=r"no kernel for torch\.float64; use sdpa or eager"):
         flex_attention_forward(module, *(x.double() for x in inputs), layout, SCALING)
@@ -284,7 +285,7 @@ def test_a_model_gives_the_logits_of_eager_with_every_cache(make_model: ModelFac
 
 @no_grad
 def test_a_compiled_model_has_no_graph_break(make_model: ModelFactory) -> None:
-    """Traced only: within a compiled model, PyTorch generates no code for FlexAttention on the CPU."""
+    """It is only traced, because PyTorch cannot generate code for FlexAttention in a compiled model on the CPU."""
     model = make_model()
     input_ids = torch.randint(3, 97, (2, 160))
     model.set_attn_implementation("eager")

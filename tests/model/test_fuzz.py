@@ -23,7 +23,7 @@ from transformers.cache_utils import StaticLayer
 from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM
 from hf_alibi.model import cache, causal, flex, inputs, sdpa, tiles
 
-# A constant has to be changed in each module that imports it.
+# Each module that imports a constant has its own copy, which must be changed too.
 SMALL_TILES = {
     tiles: {"NEAR_BLOCK": 8, "FULL_SPEED": 24, "FAR": 40, "KEY_BLOCK": 16, "FEW_KEYS": 20, "GRAIN": 4},
     causal: {"FULL_SPEED": 24, "SLOPE_GRAIN": 4},
@@ -32,7 +32,7 @@ SMALL_TILES = {
     flex: {"QUERY_BLOCK": 16},
     cache: {"SPARE": 5, "SHARED_SLOTS": 12},
 }
-# Fused kernels round at other places than plain operations, and the largest error of a short text is a matter of luck.
+# Fused kernels round elsewhere than plain operations, and the largest error in a short text varies by chance.
 FACTOR = 8
 
 Weights = dict[str, Tensor]
@@ -45,7 +45,7 @@ def dtype_of(case: Case) -> torch.dtype:
 
 @contextmanager
 def circumstances(case: Case) -> Iterator[None]:
-    """Sizes of tiles, and autocast."""
+    """Sets the sizes of tiles, and autocast."""
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=case.dtype == "autocast")
     with pytest.MonkeyPatch.context() as patch, autocast:
         for module, sizes in SMALL_TILES.items() if case.small_tiles else ():
@@ -55,7 +55,7 @@ def circumstances(case: Case) -> Iterator[None]:
 
 
 def model_of(case: Case) -> tuple[AlibiGPTForCausalLM, Weights]:
-    """The model, and its weights in float64."""
+    """Returns the model, and its weights in float64."""
     config = AlibiGPTConfig(vocab_size=VOCAB_SIZE, attn_implementation=case.backend, **case.config)
     model = AlibiGPTForCausalLM(config)
     random = torch.Generator().manual_seed(case.seed)
@@ -68,16 +68,18 @@ def model_of(case: Case) -> tuple[AlibiGPTForCausalLM, Weights]:
                 weight.copy_((1 + 0.3 * noise) * (case.gain if "q_norm" in name else 1))
             elif weight.dim() == 1:
                 weight.copy_(0.3 * noise)
-            else:  # so large that attention matters
+            # The weights are so large that attention changes the output visibly.
+            else:
                 weight.copy_(noise if "embed" in name else 1.5 * noise / weight.shape[1] ** 0.5)
     slopes = {name: weight.detach().double() for name, weight in model.named_parameters() if "slopes" in name}
     model = model.to(dtype_of(case)).eval()
     weights = {name: weight.detach().double() for name, weight in model.named_parameters()}
-    return model, weights | slopes  # slopes are the same in every dtype
+    # Slopes have the same values in every dtype.
+    return model, weights | slopes
 
 
 class Reader(NamedTuple):
-    """A plain model whose distance to the exact one says how far off the model may be.
+    """A plain model. Its distance to the exact one is the tolerance for the tested model.
 
     Attributes:
         weights: In the dtype that it computes in.
@@ -91,7 +93,7 @@ class Reader(NamedTuple):
 
 
 def readers_of(case: Case, weights: Weights) -> list[Reader]:
-    """The exact model; one in the dtype of the case; and one with windows, if the case has any.
+    """Returns the exact model, one in the dtype of the case, and one with windows if the case has any.
 
     Plain operations in float64 would be as good as the exact ones: there, errors in float32 are scaled down.
     """
@@ -106,7 +108,8 @@ def readers_of(case: Case, weights: Weights) -> list[Reader]:
 
 
 def cast(weights: Weights, dtype: torch.dtype) -> Weights:
-    slopes_dtype = torch.promote_types(dtype, torch.float32)  # slopes are never rounded to 16 bits
+    # Slopes are never rounded to 16 bits.
+    slopes_dtype = torch.promote_types(dtype, torch.float32)
     return {
         name: weight.detach().to(slopes_dtype if "slopes" in name else dtype).requires_grad_()
         for name, weight in weights.items()
@@ -114,7 +117,7 @@ def cast(weights: Weights, dtype: torch.dtype) -> Weights:
 
 
 def compare(name: str, found: Tensor, readings: Sequence[Tensor], readers: list[Reader], least: float) -> None:
-    """Asserts that `found` is as near to the exact reading, the first, as the others are together.
+    """Asserts that the error of `found` is at most the sum of the other readings' errors. The first one is exact.
 
     Args:
         name: What is compared.
@@ -163,7 +166,7 @@ def read_at_once(case: Case, model: AlibiGPTForCausalLM, batch: Batch) -> Tensor
     tokens = batch.next_tokens(case.length)
     batch.add(tokens)
     if case.gradients == "checkpointing":
-        # It was called gradient_checkpointing_enable before Transformers 5.24.
+        # Before Transformers 5.24 its name was gradient_checkpointing_enable.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         model.train()
     with torch.set_grad_enabled(case.gradients != "none"):
@@ -196,7 +199,7 @@ def read_in_steps(case: Case, model: AlibiGPTForCausalLM, batch: Batch, compare_
             try:
                 logits.append(read(tokens))
             except ValueError as error:
-                if case.needs_lost_keys and "needs keys that the windowed cache has let" in str(error):
+                if case.needs_lost_keys and "needs keys that the windowed cache no longer" in str(error):
                     return
                 raise
             done += what
@@ -239,7 +242,7 @@ def compare_gradients(
     exact, plain = of_readers[:2]
     relative = [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(plain, exact, strict=True)]
     typical = statistics.median(error for error in relative if not math.isnan(error)) * readers[1].scale
-    # What belongs together has one scale: a text of one token has no gradient of queries and keys, but for rounding.
+    # Weights of one module share a scale. With a text of one token, gradients of queries and keys are rounding errors.
     largest: dict[str, float] = {}
     for name, gradient in zip(weights, exact, strict=True):
         largest[group(name)] = max(largest.get(group(name), 0.0), gradient.abs().max().item())
@@ -275,7 +278,7 @@ def test_many_cases(case: Case) -> None:
     check(case)
 
 
-# FlexAttention compiles a kernel for each kind of input, and the compiler imports what PyTorch has deprecated.
+# FlexAttention compiles a kernel for each kind of input, and the compiler imports deprecated modules.
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention on the CPU needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")

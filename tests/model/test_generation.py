@@ -1,4 +1,4 @@
-"""Every way to generate gives what the plain forward pass gives, with the windowed cache and with any other."""
+"""Every way to generate agrees with plain forward passes, with the windowed cache and all other caches."""
 
 import copy
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ SHAPE: dict[str, Any] = {"num_attention_heads": 6, "alibi_slopes": [4.0, 2.0, 1.
 
 @pytest.fixture(autouse=True)
 def small_rings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rings and chunks so small that a short text goes through many."""
+    """Rings and chunks that are small enough for short texts to use many of them."""
     monkeypatch.setattr(cache, "SPARE", 5)
     monkeypatch.setattr(cache, "SHARED_SLOTS", 12)
     monkeypatch.setattr(generation, "PREFILL_CHUNK", 50)
@@ -39,7 +39,7 @@ def prompt(length: int = 160, batch: int = 1) -> Tensor:
 
 @torch.no_grad()
 def greedy(model: AlibiGPTForCausalLM, input_ids: Tensor, new_tokens: int = NEW) -> Tensor:
-    """The reference: the most probable token after a forward pass over the whole text, again and again."""
+    """Generates with the reference: each token is the most probable one after a forward pass over the whole text."""
     for _ in range(new_tokens):
         last = model(input_ids, use_cache=False).logits[:, -1]
         input_ids = torch.cat([input_ids, last.argmax(-1, keepdim=True)], 1)
@@ -86,7 +86,8 @@ def test_greedy_over_a_thousand_tokens(model: AlibiGPTForCausalLM) -> None:
 
 
 def test_assisted(model: AlibiGPTForCausalLM, make_model: ModelFactory) -> None:
-    assistant = copy.deepcopy(model)  # agrees often, not always
+    # The assistant agrees with the model often, but not always.
+    assistant = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in assistant.parameters():
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
@@ -108,13 +109,14 @@ def test_assisted_by_its_first_layer(model: AlibiGPTForCausalLM) -> None:
     assert calls[0] > calls[1]
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # earlier versions checkpoint even then
+# Earlier versions of Transformers use checkpointing even without gradients.
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["", "reentrant"])
 @pytest.mark.parametrize("how", [None, "dynamic", "static"], ids=["windowed", "dynamic", "static"])
 def test_a_model_in_training_with_gradient_checkpointing(
     model: AlibiGPTForCausalLM, how: str | None, use_reentrant: bool
 ) -> None:
-    """As where samples are drawn between two training steps; padding on the left included."""
+    """It generates samples between two training steps, also with padding on the left."""
     mask = torch.ones(2, 60, dtype=torch.long)
     mask[1, :20] = 0
     options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": NEW, "cache_implementation": how}
@@ -155,7 +157,7 @@ def test_prompts_of_unequal_length(model: AlibiGPTForCausalLM, how: dict[str, An
 
 @pytest.mark.parametrize("how", [{}, {"cache_implementation": "dynamic"}, {"use_cache": False}], ids=str)
 def test_prompts_padded_on_the_right(model: AlibiGPTForCausalLM, how: dict[str, Any]) -> None:
-    """As wherever padding is the last token of a prompt, the text goes on from what it sees: the prompt."""
+    """The last padding token sees the prompt, so generation continues the prompt."""
     input_ids = prompt(60, batch=3)
     mask = (torch.arange(60) < torch.tensor([60, 41, 7])[:, None]).long()
     model.set_attn_implementation("eager")
@@ -179,7 +181,8 @@ def test_continuing_from_a_returned_cache(model: AlibiGPTForCausalLM) -> None:
         )
         input_ids, past = output.sequences, output.past_key_values
     assert torch.equal(input_ids, expected)
-    more = prompt(120)  # longer than the rings can take at once
+    # The prompt is longer than the spare slots of the rings.
+    more = prompt(120)
     input_ids = torch.cat([input_ids, more], 1)
     found = model.generate(input_ids, past_key_values=past, max_new_tokens=NEW, do_sample=False)
     assert torch.equal(found, greedy(model, input_ids))

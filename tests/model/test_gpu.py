@@ -1,6 +1,6 @@
 """All attention implementations on a CUDA device, against the float64 oracle on the CPU: `pytest -m gpu`.
 
-FlashAttention 2 takes part if the package `flash-attn` or `kernels` is installed. A tolerance is a small multiple
+FlashAttention 2 is tested if the package `flash-attn` or `kernels` is installed. A tolerance is a small multiple
 of the error that a stored relative bias and PyTorch's plain operations make in the same dtype on the same device.
 """
 
@@ -29,7 +29,7 @@ with_flash = pytest.mark.skipif(
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    # PyTorch's compiler imports a module that uses what PyTorch has deprecated.
+    # PyTorch's compiler imports a module that uses deprecated functions of PyTorch.
     pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
 ]
 each_backend = pytest.mark.parametrize(
@@ -38,7 +38,7 @@ each_backend = pytest.mark.parametrize(
 
 
 def states(heads: int, kv_heads: int, queries: int, keys: int, dtype: torch.dtype, batch: int = 2) -> list[Tensor]:
-    """Queries, keys and values that need gradients."""
+    """Returns queries, keys and values that need gradients."""
     torch.manual_seed(queries + keys)
     query = 2 * torch.randn(batch, heads, queries, HEAD_DIM)
     key, value = (torch.randn(batch, kv_heads, keys, HEAD_DIM) for _ in range(2))
@@ -54,7 +54,7 @@ def attend(backend: str, inputs: list[Tensor], layout: TokenLayout, tolerance: f
 
 
 def textbook(inputs: list[Tensor], visible: Tensor | None) -> Tensor:
-    """A stored relative bias and plain operations, all in the dtype of the queries."""
+    """Computes attention with a stored relative bias and plain operations, all in the dtype of the queries."""
     query, key, value = inputs
     groups = query.shape[1] // key.shape[1]
     keys = torch.arange(key.shape[2], device=DEVICE)
@@ -65,14 +65,15 @@ def textbook(inputs: list[Tensor], visible: Tensor | None) -> Tensor:
         hidden = hidden | ~visible[:, None].to(DEVICE)
     bias = (-slopes[:, None, None] * distance).to(query.dtype).masked_fill(hidden, torch.finfo(query.dtype).min)
     scores = query @ key.repeat_interleave(groups, 1).mT * SCALING + bias
-    weights = scores.softmax(-1).masked_fill(hidden, 0)  # also where a query sees nothing
+    # Weights are also 0 for queries that see nothing.
+    weights = scores.softmax(-1).masked_fill(hidden, 0)
     return weights @ value.repeat_interleave(groups, 1)
 
 
 def assert_as_accurate_as_textbook(
     output: Tensor, inputs: list[Tensor], visible: Tensor | None = None, rows: Tensor | None = None
 ) -> None:
-    """Forward and gradients, of the queries `rows` `[batch, queries]`, or of all."""
+    """Compares outputs and gradients for the queries `rows`, `[batch, queries]`, or for all."""
     dtype = inputs[0].dtype
     exact_inputs = [x.detach().cpu().double().requires_grad_() for x in inputs]
     exact = oracle.attention(*exact_inputs, oracle.paper_slopes(inputs[0].shape[1]), SCALING, visible)
@@ -212,7 +213,8 @@ def test_a_static_cache_generates_what_a_dynamic_one_does(make_model: ModelFacto
 
 @pytest.mark.parametrize("length", [20, 700])
 def test_an_offloaded_cache_generates_what_others_do(make_model: ModelFactory, length: int) -> None:
-    slopes = [4.0, 2.0, 1.0, 0.5, 3.0, 0.7]  # steep enough for most keys to leave their windows
+    # Slopes are so steep that most keys are outside the windows.
+    slopes = [4.0, 2.0, 1.0, 0.5, 3.0, 0.7]
     model = make_model(num_attention_heads=6, alibi_slopes=slopes).to(DEVICE)
     input_ids = torch.randint(3, 97, (2, length), device=DEVICE)
     expected = model.generate(input_ids, max_new_tokens=40, do_sample=False, cache_implementation="dynamic")

@@ -1,4 +1,4 @@
-"""Heads: which token stands for a text, what is refused, and the losses that they give."""
+"""Heads: the token from which a text is classified, inputs that are refused, and losses."""
 
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,8 @@ from hf_alibi import (
     AlibiGPTForTokenClassification,
 )
 
-END = 0  # one token that pads and ends texts
+# One token serves as padding and as the end of texts.
+END = 0
 LENGTHS = [12, 7, 1, 9]
 each_backend = pytest.mark.parametrize("backend", ["eager", "sdpa"])
 
@@ -32,7 +33,7 @@ def classifier(make_model: ModelFactory, **values: Any) -> AlibiGPTForSequenceCl
 
 
 def texts() -> list[Tensor]:
-    """Texts that end with `END`, as their tokenizer closes them."""
+    """Texts that end with `END`, which the tokenizer appends."""
     generator = torch.Generator().manual_seed(2)
     rows = [torch.randint(1, 97, (length,), generator=generator) for length in LENGTHS]
     for row in rows:
@@ -41,7 +42,7 @@ def texts() -> list[Tensor]:
 
 
 def batch(padding: str) -> tuple[Tensor, Tensor]:
-    """The texts in one tensor, and their mask, padded on the left, on the right, or by turns on both."""
+    """Returns the texts as one tensor and their mask, padded on the left, on the right, or alternately."""
     ids, mask = torch.full((4, 12), END), torch.zeros(4, 12, dtype=torch.long)
     for i, text in enumerate(texts()):
         start = {"left": 12 - len(text), "right": 0, "mixed": (12 - len(text)) // 2}[padding]
@@ -105,7 +106,7 @@ PACKED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", PACKED)
 def test_several_documents_in_a_row_are_refused(make_model: ModelFactory, name: str) -> None:
-    with pytest.raises(ValueError, match=rf"Several documents in a row \({name.split()[0]}.*a row of its own"):
+    with pytest.raises(ValueError, match=rf"contains several documents \({name.split()[0]}.*a row of its own"):
         classifier(make_model)(torch.arange(3, 9)[None], **PACKED[name])
 
 
@@ -187,7 +188,7 @@ def test_a_loss_of_ones_own_is_used(make_model: ModelFactory) -> None:
 
 
 def test_parameters_are_those_of_the_generic_heads(make_model: ModelFactory, tmp_path: Path) -> None:
-    """So a checkpoint that was saved with those loads."""
+    """A checkpoint of a generic head therefore loads."""
     config = make_model(num_labels=3, pad_token_id=END).config
     decoder = {f"model.{name}" for name in make_model().model.state_dict()}
     for head, names in (
@@ -209,7 +210,8 @@ def test_a_classifier_trains_with_activation_checkpointing(make_model: ModelFact
     labels = torch.tensor([0, 2, 1, 1])
     expected = model(ids, attention_mask=mask, labels=labels).loss
     model.train()
-    for layer in model.model.layers:  # as Transformers sets it, under a name that depends on the version
+    # Transformers sets these attributes under a name that depends on the version.
+    for layer in model.model.layers:
         layer.gradient_checkpointing, layer._gradient_checkpointing_func = (
             True,
             partial(checkpoint, use_reentrant=False),
@@ -221,7 +223,7 @@ def test_a_classifier_trains_with_activation_checkpointing(make_model: ModelFact
 
 
 def test_a_token_is_classified_by_an_own_class(make_model: ModelFactory) -> None:
-    """The loss of a class whose name does not end as those of Transformers."""
+    """The loss is right for a class whose name does not end like those of Transformers."""
 
     class Tagger(AlibiGPTForTokenClassification):
         config: AlibiGPTConfig

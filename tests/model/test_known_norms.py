@@ -1,4 +1,4 @@
-"""Windows follow what really norms queries and keys: gains that a weight does not tell make them no narrower."""
+"""Windows follow the norms that really run. If a weight does not show the gain, windows are not narrower."""
 
 import copy
 from collections.abc import Callable
@@ -14,11 +14,12 @@ from transformers import DynamicCache
 from hf_alibi import AlibiGPTForCausalLM
 from hf_alibi.model.norms import AlibiGPTRMSNorm
 
-LOUD = 8.0  # times as large as the weight of the norm says
+# The factor by which the output exceeds what the weight of the norm implies.
+LOUD = 8.0
 
 
 class Wrapper(nn.Module):
-    """As adapters of norms do: another norm runs, and the attributes are those of the one below."""
+    """Like an adapter of a norm: another norm runs, but attributes are those of the wrapped norm."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -37,7 +38,7 @@ class Wrapper(nn.Module):
 
 
 class Louder(nn.Module):
-    """A parametrization of a weight, or a norm without any."""
+    """A parametrization that enlarges a weight, or a module that enlarges its input."""
 
     def forward(self, states: Tensor) -> Tensor:
         """Returns them larger."""
@@ -66,7 +67,7 @@ def replace_forward(norm: Any) -> None:
 
 
 def offload(norm: Any) -> None:
-    """The weight is here only while its own module runs, as with accelerate and DeepSpeed."""
+    """Makes a weight available only while its own module runs, as accelerate and DeepSpeed do."""
     weight = norm.weight.data * LOUD
 
     def fetch(module: Any, inputs: Any) -> None:
@@ -127,7 +128,7 @@ def assert_equal_to_eager(model: AlibiGPTForCausalLM, found: Tensor, input_ids: 
 @each_way
 @torch.no_grad()
 def test_a_norm_that_is_not_plain(model: AlibiGPTForCausalLM, how: Callable[[Any], Any]) -> None:
-    """Its windows are as wide as its output needs; no key leaves the cache; and an earlier cache is refused."""
+    """Its windows fit its output, no key leaves the cache, and an earlier cache is refused."""
     earlier = model.model.windowed_cache()
     change(model.model.layers[0].self_attn, how)
     input_ids = tokens(1300)
@@ -167,7 +168,7 @@ def test_a_weight_that_is_not_whole(model: AlibiGPTForCausalLM, name: str, gone:
 
 @torch.no_grad()
 def test_functional_call(model: AlibiGPTForCausalLM) -> None:
-    """The weights of the call are those that count, in attention and for a cache."""
+    """Attention and cache use the weights of the call."""
     weights = {
         name: weight * LOUD
         for name, weight in model.named_parameters()
@@ -200,7 +201,7 @@ def test_a_cache_from_before_a_training_step_is_refused(make_model: ModelFactory
 
 @torch.no_grad()
 def test_keys_that_other_weights_have_cached(model: AlibiGPTForCausalLM) -> None:
-    """The norms in the cache count, whatever the weights are now."""
+    """Windows follow the norms of the cached keys, not the current weights."""
     loud, input_ids = copy.deepcopy(model), tokens(2000)
     loud.model.layers[0].self_attn.k_norm.weight.mul_(LOUD)
     logits = {}

@@ -1,4 +1,4 @@
-"""What a decoder layer computes with a gate, with clipping and in parallel: the formulas, in float64."""
+"""Decoder layers with a gate, with clipping and in parallel equal the formulas in float64."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def rms_norm(states: Tensor, gain: Tensor) -> Tensor:
 
 
 def attended(layer: nn.Module, states: Tensor, limit: float, qk_norm: bool) -> Tensor:
-    """The attention of a layer on its input, with projections clipped before they are normed."""
+    """Returns the output of a layer's attention, with projections clipped before QK-norm."""
     module = layer.self_attn
     heads = []
     for name in "qkv":
@@ -61,7 +61,7 @@ def test_a_decoder_layer(
 def test_clipping_leaves_the_windows_of_qk_norm_as_they_are(make_model: ModelFactory) -> None:
     model, clipped = make_model(), make_model(clip_qkv=0.1)
     assert str(model.model.window_guarantees()) == str(clipped.model.window_guarantees())
-    # Beyond every window, in a text that the windows do not hold.
+    # The distance exceeds every window, and the text is longer than the windows.
     input_ids = torch.randint(3, 97, (1, 1500), generator=torch.Generator().manual_seed(0))
     exact = AlibiGPTForCausalLM(AlibiGPTConfig(**clipped.config.to_dict() | {"window_tolerance": 0})).eval()
     exact.load_state_dict(clipped.state_dict())

@@ -1,4 +1,4 @@
-"""The model: cached decoding equals the full forward, whatever the cache, the batch and the shape."""
+"""The model: decoding with any cache, batch and shape equals a full forward pass."""
 
 import copy
 import logging
@@ -60,7 +60,7 @@ def left_padding(batch: int = 3, length: int = LENGTH) -> Tensor:
 
 
 def assert_logits_close(actual: Tensor, expected: Tensor) -> None:
-    """Equality to 1e-5 of the largest logit."""
+    """Asserts equality up to 1e-5 of the largest logit."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
@@ -73,7 +73,7 @@ def in_steps(
     mask: Tensor | None = None,
     position_ids: Tensor | None = None,
 ) -> Tensor:
-    """Feeds the tokens in pieces of the given sizes, as generation does, and returns all logits."""
+    """Passes the tokens in pieces of the given sizes, as generation does, and returns all logits."""
     logits, done = [], 0
     for step in steps:
         end = done + step
@@ -153,7 +153,7 @@ def test_a_batch_padded_on_the_right_continues_after_its_holes(make_model: Model
 def test_what_padding_gives_does_not_depend_on_the_other_texts(
     make_model: ModelFactory, backend: str, hidden: Sequence[int]
 ) -> None:
-    """A batch is laid out by all of its padding; a text and its own padding must not show it."""
+    """The layout depends on all padding in a batch, but the output of a row must depend on its own padding only."""
     model = make_model()
     model.set_attn_implementation(backend)
     batch, mask = tokens(4), torch.ones(4, LENGTH, dtype=torch.long)
@@ -221,14 +221,15 @@ def test_generation_goes_on_past_the_training_length(
 ) -> None:
     model = make_model(training_length=16)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    with pytest.warns(UserWarning, match="model-agnostic default"):  # of Transformers, for every model
+    # Transformers gives this warning for every model.
+    with pytest.warns(UserWarning, match="model-agnostic default"):
         assert model.generate(tokens(1)).shape == (1, LENGTH + 20)
     assert "exceeded" not in caplog.text
 
 
 @each_backend
 def test_logits_depend_on_distance(make_model: ModelFactory, backend: str) -> None:
-    """A model that lost its bias would pass every comparison of one path with another."""
+    """A model without any bias would pass all tests that compare two paths."""
     model, flat = make_model(), make_model(alibi_slopes=[1e-9] * 6)
     model.set_attn_implementation(backend)
     flat.set_attn_implementation(backend)
@@ -255,7 +256,7 @@ def test_slopes_survive_casting_saving_and_the_meta_device(
 
 
 def test_autocast_keeps_the_bias_exact(make_model: ModelFactory) -> None:
-    """In bfloat16 distances beyond 256 are rounded; the bias must not be."""
+    """bfloat16 rounds distances beyond 256, but the bias must be exact."""
     model = make_model(alibi_max_bias=1.0)
     input_ids = tokens(1, 1500)
     with torch.autocast("cpu", torch.bfloat16):
@@ -280,7 +281,7 @@ def test_gradient_checkpointing_changes_no_gradient(make_model: ModelFactory) ->
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-# Transformers 5.19 takes the meta device of offloaded weights for the device of the model.
+# Transformers 5.19 treats the meta device of offloaded weights as the device of the model.
 @pytest.mark.filterwarnings("ignore:You are calling .generate.. with the `input_ids` being on a device:UserWarning")
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("shape", [{}, {"alibi_slopes_trainable": True}, {"qk_norm": False}], ids=str)
@@ -395,7 +396,7 @@ def test_what_adds_to_the_residual_stream_begins_smaller() -> None:
 
 
 def test_gradient_checkpointing_and_a_cache(make_model: ModelFactory) -> None:
-    """Without gradients the cache works; with them a cache would be written twice, and is refused or left out."""
+    """Without gradients the cache works. With gradients it would be written twice, so it is refused or left out."""
     model = make_model().train()
     input_ids = torch.randint(3, 97, (2, 30))
     expected = model(input_ids, labels=input_ids)

@@ -1,4 +1,4 @@
-"""Continuous batching gives every request the tokens that `generate` gives to it alone."""
+"""Continuous batching gives every request the same tokens as `generate`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +37,7 @@ def prompts(lengths: list[int]) -> list[list[int]]:
 
 
 def batching(**settings: Any) -> ContinuousBatchingConfig:
-    """A cache of 1,600 tokens in pages of 16, and at most 64 tokens in a pass, which cuts long prompts."""
+    """Returns settings: a cache of 1,600 tokens in pages of 16, and passes of 64 tokens, which cut long prompts."""
     return ContinuousBatchingConfig(**({"num_blocks": 100, "page_size": 16, "max_batch_tokens": 64} | settings))
 
 
@@ -58,7 +58,7 @@ def together(
 
 @contextmanager
 def sizes_of_passes(model: AlibiGPTForCausalLM) -> Iterator[list[int]]:
-    """Yields the numbers of tokens that enter the model, pass by pass, padding included."""
+    """Yields the number of tokens in each pass, padding included."""
     sizes: list[int] = []
     hook = model.model.layers[0].register_forward_pre_hook(lambda layer, states: sizes.append(states[0].shape[1]))
     yield sizes
@@ -95,7 +95,7 @@ def test_probabilities_are_those_of_the_full_forward(make_model: ModelFactory, b
 
 @each_backend
 def test_requests_join_and_leave(make_model: ModelFactory, backend: str) -> None:
-    """No more than three at a time, of lengths of their own, until they are cut off or reach the end of the text."""
+    """At most three requests run at once. They have different lengths, and end by the limit or by an end token."""
     model, requests = make_model(), prompts(LENGTHS)
     model.set_attn_implementation(backend)
     limits = [3, 10, 60, 1, 25, 7]
@@ -205,7 +205,7 @@ def bounds_of(sizes: list[int]) -> Tensor:
 
 
 def test_the_layout_of_a_padded_pass() -> None:
-    """Two requests with 2 new tokens of 3, and 1 of 4; then a request that is none, two queries and a key too many."""
+    """The requests have 2 new tokens of 3, and 1 of 4. Padding adds an empty request, two queries and one key."""
     position_ids, mask = torch.tensor([[1, 2, 3, 0, 0]]), torch.zeros(1, 1, 5, 8)
     bounds = {"cu_seq_lens_q": bounds_of([2, 1, 0]), "cu_seq_lens_k": {"full_attention": bounds_of([3, 4, 0])}}
     layout = paged_layout(torch.ones(1), mask, position_ids, **bounds)

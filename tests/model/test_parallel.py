@@ -1,4 +1,4 @@
-"""Several processes: each computes with the slopes and windows of its own heads and whole weights."""
+"""Several processes: each uses the slopes and windows of its own heads, computed from whole weights."""
 
 import os
 import subprocess
@@ -96,7 +96,7 @@ dist.destroy_process_group()
 
 
 def in_two_processes(code: str, folder: Path) -> dict[str, torch.Tensor]:
-    """Runs a program with the model in `folder / "model"`; returns what its first process saves."""
+    """Runs a program with the model in `folder / "model"`; returns what the first process saves."""
     program, result = folder / "program.py", folder / "result.safetensors"
     program.write_text(code)
     command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program), str(folder / "model")]
@@ -128,9 +128,9 @@ def test_two_ranks_compute_what_one_does(
 @pytest.mark.slow
 @pytest.mark.parametrize("trainable", [False, True], ids=["fixed slopes", "trainable slopes"])
 def test_two_shards_compute_what_one_process_does(make_model: ModelFactory, tmp_path: Path, trainable: bool) -> None:
-    """FSDP2, with mixed precision to the last bit: neither slopes nor masks are rounded, and windows are wide enough.
+    """FSDP2 is exact, with mixed precision to the last bit: slopes and masks are not rounded, windows are wide enough.
 
-    Trained slopes that are sharded would be rounded: that is refused, and the remedy which the error names is right.
+    Sharded trained slopes would be rounded, so they are refused, and the remedy in the error message works.
     """
     make_model(hidden_size=48, alibi_slopes_trainable=trainable).save_pretrained(tmp_path / "model")
     sharded = in_two_processes(SHARDED, tmp_path)

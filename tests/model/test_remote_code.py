@@ -1,4 +1,4 @@
-"""The code that travels with a checkpoint: flat, complete, and enough where there are torch and transformers only."""
+"""The code that is saved with a checkpoint: flat, complete, and importing only torch and transformers."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,8 @@ import hf_alibi
 from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM
 
 INPUT_IDS = [list(range(3, 43)), list(range(43, 83))]
-LONG_INPUT_IDS = [[(7 * i * i + i) % 90 + 3 for i in range(1100)]]  # longer than the least length with windows
+# Longer than the length up to which windows are ignored.
+LONG_INPUT_IDS = [[(7 * i * i + i) % 90 + 3 for i in range(1100)]]
 HEADS = {
     "AutoModel": "last_hidden_state",
     "AutoModelForCausalLM": "logits",
@@ -32,13 +33,13 @@ def new_model(auto_class: str, **values: object) -> transformers.PreTrainedModel
 
 
 def new_windowed_model() -> AlibiGPTForCausalLM:
-    """A model whose windows are so narrow that they show: they may lose half of the attention."""
+    """Returns a model whose windows change the output visibly: they may lose half of the attention."""
     return new_model("AutoModelForCausalLM", window_tolerance=0.5, head_dim=4)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved model for every Auto class, in a folder of the name of the class, and one with narrow windows."""
+    """A saved model for every Auto class, in a folder named after the class, and one with narrow windows."""
     folder = tmp_path_factory.mktemp("checkpoints")
     for auto_class in HEADS:
         new_model(auto_class).save_pretrained(folder / auto_class)
@@ -48,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """What a new process without this package makes of them, one after the other."""
+    """The outputs of the saved models in a new process without this package."""
     requests = {name: Request(str(folder / name), INPUT_IDS, auto_class=name) for name in HEADS}
     requests["AutoModelForCausalLM"].caches = ["dynamic", "static"]
     requests["windows"] = Request(str(folder / "windows"), LONG_INPUT_IDS)
@@ -56,7 +57,7 @@ def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, T
 
 
 def close(actual: Tensor, expected: Tensor) -> bool:
-    """Equality to 1e-5 of the largest value."""
+    """Returns whether values are equal up to 1e-5 of the largest one."""
     return torch.allclose(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
@@ -95,7 +96,8 @@ def test_what_travels_is_what_the_model_imports(folder: Path) -> None:
 
 
 def test_it_needs_nothing_but_torch_and_transformers(folder: Path) -> None:
-    allowed = sys.stdlib_module_names | {"torch", "transformers", "huggingface_hub"}  # which transformers requires
+    # Transformers requires huggingface_hub.
+    allowed = sys.stdlib_module_names | {"torch", "transformers", "huggingface_hub"}
     for file in (folder / "AutoModel").glob("*.py"):
         assert set(get_imports(file)) <= allowed, file
         assert "from . import" not in file.read_text(), f"{file}: the loader would leave that behind"

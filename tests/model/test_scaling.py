@@ -1,4 +1,4 @@
-"""Position interpolation: which slopes a forward pass uses, and what becomes of keys that were cached before."""
+"""Position interpolation: the slopes of a forward pass, and their effect on keys that were cached before."""
 
 import copy
 from pathlib import Path
@@ -30,7 +30,7 @@ def tokens(batch: int = 2, length: int = LENGTH) -> Tensor:
 
 
 def left_padding(batch: int = 2, length: int = LENGTH) -> Tensor:
-    """The rows lose 7, 14, … tokens."""
+    """Returns a mask with 7, 14, … padding tokens on the left of the rows."""
     padding = 7 * torch.arange(1, batch + 1)
     return (torch.arange(length) >= padding[:, None]).long()
 
@@ -40,7 +40,7 @@ def scaled_model(make_model: ModelFactory, scaling: dict[str, Any], **kwargs: An
 
 
 def model_with_divided_slopes(make_model: ModelFactory, divisor: float, **kwargs: Any) -> AlibiGPTForCausalLM:
-    """The same weights, and slopes that are written into the config."""
+    """Returns a model with the same weights and with the divided slopes in the config."""
     return make_model(alibi_slopes=[slope / divisor for slope in oracle.paper_slopes(6)], **kwargs)
 
 
@@ -49,7 +49,7 @@ def new_cache(model: AlibiGPTForCausalLM, static: bool) -> Cache:
 
 
 def assert_logits_close(actual: Tensor, expected: Tensor) -> None:
-    """Equality to 1e-5 of the largest logit."""
+    """Asserts equality up to 1e-5 of the largest logit."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
@@ -126,7 +126,7 @@ def test_with_linear_scaling_cached_logits_equal_the_full_forward(make_model: Mo
 def test_a_pass_applies_its_own_slopes_to_every_cached_key(
     make_model: ModelFactory, backend: str, static: bool
 ) -> None:
-    """In a single layer keys and values come from tokens alone: nothing in the cache is out of date."""
+    """In a single layer, cached keys and values depend on tokens alone, so they are always up to date."""
     model = scaled_model(make_model, DYNAMIC, num_hidden_layers=1)
     model.set_attn_implementation(backend)
     input_ids, mask = tokens(), left_padding()
@@ -162,7 +162,7 @@ def test_generation_goes_by_the_same_rules(make_model: ModelFactory, scaling: di
     assert torch.equal(cached, model.generate(tokens(length=20), cache_implementation="static", **settings))
 
 
-# PyTorch's compiler imports a module that uses what PyTorch has deprecated.
+# PyTorch's compiler imports a module that uses deprecated functions of PyTorch.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @each_scaling
 def test_one_graph_serves_every_length(make_model: ModelFactory, scaling: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Tiles: however a text is cut, output and gradients are those of the formula."""
+"""Tiles: output and gradients equal those of the formula, however a text is cut."""
 
 import oracle
 import pytest
@@ -15,7 +15,7 @@ HEAD_DIM, SCALING = 8, 8**-0.5
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles so small that a text of some hundred tokens has all kinds of them."""
+    """Tiles so small that a text of a few hundred tokens has all kinds of them."""
     for name, size in {
         "NEAR_BLOCK": 8,
         "FAR": 128,
@@ -37,7 +37,8 @@ def test_output_and_gradients(heads: int, kv_heads: int, length: int, past: int,
     key, value = (
         torch.randn(2, kv_heads, past + length, HEAD_DIM, dtype=torch.float64, requires_grad=True) for _ in range(2)
     )
-    slopes = 8 * torch.tensor(alibi_slopes(heads), dtype=torch.float64)  # windows of 10 to 2,000 tokens
+    # The windows have 10 to 2,000 tokens.
+    slopes = 8 * torch.tensor(alibi_slopes(heads), dtype=torch.float64)
     windows = head_windows(slopes, norm_bounds(query, key, SCALING), 2.0**-52) if windowed else None
     inputs = (query, key, value)
 
@@ -53,14 +54,14 @@ WINDOWS = torch.tensor([10, 10, 20, 40, 80, 160, 320, 640])
 
 
 def plans(length: int) -> tuple[list[tiles.Tile], list[tiles.Tile]]:
-    """Returns the tiles of forward and of backward."""
+    """Returns the tiles of the forward and of the backward pass."""
     states = torch.empty(1, len(WINDOWS), length, HEAD_DIM)
     forward = tiles.joined(tiles.query_tiles(states, states, WINDOWS))
     return forward, list(map(tiles.in_pieces, tiles.joined(tiles.key_tiles(states, states, WINDOWS))))
 
 
 def seen_pairs(plan: list[tiles.Tile], length: int) -> torch.Tensor:
-    """Returns how often tiles have each query and key, `[heads, queries, keys]`."""
+    """Returns in how many tiles each pair of query and key is, `[heads, queries, keys]`."""
     seen = torch.zeros(len(WINDOWS), length, length, dtype=torch.int8)
     for tile in plan:
         for block in range(tile.blocks):

@@ -1,4 +1,4 @@
-"""Trained slopes keep the precision of float32, whatever the weights are cast to."""
+"""Trained slopes keep float32 precision when the weights are cast to another dtype."""
 
 import copy
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from hf_alibi import AlibiGPTForCausalLM
 
 @pytest.fixture
 def model(make_model: ModelFactory) -> AlibiGPTForCausalLM:
-    """A model with slopes of many digits."""
+    """A model whose slopes have many significant digits, so that rounding would change them."""
     made = make_model(alibi_slopes_trainable=True, num_attention_heads=12)
     with torch.no_grad():
         made.model.bias_log_slopes.add_(torch.linspace(-0.1, 0.3, 12))
@@ -45,13 +45,14 @@ WAYS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 def test_casting(model: AlibiGPTForCausalLM, way: Callable[[Any], Any], tmp_path: Path) -> None:
-    """And what is saved after that."""
+    """Slopes keep their precision when the model is cast, and when it is saved afterwards."""
     expected = slopes(model.model).clone()
     model(torch.arange(5)[None], labels=torch.arange(5)[None]).loss.backward()
     cast = way(model)
     assert_slopes_are(slopes(cast.model), expected)
     gradient = cast.model.bias_log_slopes.grad
-    assert gradient is None or gradient.dtype == torch.float32  # a copy has none
+    # A copy has no gradient.
+    assert gradient is None or gradient.dtype == torch.float32
     cast(torch.arange(5)[None], labels=torch.arange(5)[None]).loss.backward()
     cast.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -80,7 +81,7 @@ def test_a_new_model_in_16_bits(model: AlibiGPTForCausalLM) -> None:
 def test_logits_are_those_of_fixed_slopes(
     model: AlibiGPTForCausalLM, make_model: ModelFactory, implementation: str
 ) -> None:
-    """In bfloat16 and under autocast, to the last bit."""
+    """They are equal to the last bit, in bfloat16 and under autocast."""
     fixed = make_model(num_attention_heads=12, alibi_slopes=slopes(model.model).tolist())
     fixed.load_state_dict(model.state_dict(), strict=False)
     input_ids = torch.randint(3, 97, (1, 200))

@@ -1,4 +1,4 @@
-"""The head windows: the bound holds against adversarial input, is nearly reached, and changes no result."""
+"""The head windows: the bound holds for adversarial input and is nearly tight, and windows change no result."""
 
 import math
 from typing import Any
@@ -22,7 +22,7 @@ SCALING = HEAD_DIM**-0.5
 
 
 def adversary(bound: float, heads: int, length: int, window: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """One query, the last; keys inside a head's window score -bound, those beyond +bound; values tell them apart."""
+    """Returns the last query, keys that score -bound inside a head's window and +bound beyond, and values to match."""
     direction = torch.ones(HEAD_DIM, dtype=torch.float64) * math.sqrt(bound / SCALING / HEAD_DIM)
     distance = torch.arange(length - 1, -1, -1)
     far = torch.stack([torch.where(distance > w, 1.0, -1.0).double() for w in window])
@@ -32,7 +32,7 @@ def adversary(bound: float, heads: int, length: int, window: list[int]) -> tuple
 
 
 def lost_fraction(query: Tensor, key: Tensor, slope: float, window: int) -> float:
-    """Fraction of the softmax's mass beyond the window, for one query and head."""
+    """Returns the fraction of the attention beyond the window, for one query and head."""
     distance = torch.arange(key.shape[0] - 1, -1, -1).double()
     weights = (key @ query * SCALING - slope * distance).softmax(0)
     return weights[distance > window].sum().item()
@@ -97,7 +97,8 @@ def test_bounds_are_those_of_cauchy_and_schwarz() -> None:
     bounds = norm_bounds(query, key, SCALING)
     assert torch.all(scores <= bounds)
     assert scores.max() <= qk_norm_bound(gains[0], gains[1])
-    reached = (gains[0] * gains[1]).max().item() * math.sqrt(HEAD_DIM)  # by vectors along that channel
+    # Vectors along the channel with the largest product of gains reach this score.
+    reached = (gains[0] * gains[1]).max().item() * math.sqrt(HEAD_DIM)
     assert qk_norm_bound(gains[0], gains[1]).item() == pytest.approx(reached, rel=0.011)
 
 
@@ -109,7 +110,7 @@ def test_without_a_finite_distance_nothing_is_left_out(slope: float, bound: floa
 
 @pytest.mark.parametrize("qk_norm", [True, False], ids=["qk-norm", "no-qk-norm"])
 def test_what_is_not_finite_is_seen_in_the_output(make_model: ModelFactory, qk_norm: bool) -> None:
-    """A loss of NaN is what stops or skips a training step; an exception would end the training."""
+    """A loss of NaN stops or skips a training step. An exception would end the training."""
     model = make_model(qk_norm=qk_norm)
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight.fill_(math.nan)
