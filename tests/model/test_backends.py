@@ -37,7 +37,7 @@ def test_the_benchmark_knows_all() -> None:
 
 
 @pytest.mark.parametrize("asked", ["in the call", "in the config"])
-@pytest.mark.parametrize("name", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["eager", "sdpa", "flex_attention"])
 def test_weights_that_cannot_be_output_are_refused(make_model: ModelFactory, name: str, asked: str) -> None:
     model = make_model()
     model.set_attn_implementation(name)

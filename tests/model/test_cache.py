@@ -217,7 +217,7 @@ def test_taking_back_what_is_gone_is_refused(make_model: ModelFactory) -> None:
     with pytest.raises(RuntimeError, match="activate_past_recording"):
         past.crop(-20)
     assert past.get_seq_length() == LENGTH
-    with pytest.raises(ValueError, match="negative, got 3"):
+    with pytest.raises(ValueError, match="such as -3 for three tokens; got 3"):
         past.crop(3)
 
 

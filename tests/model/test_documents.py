@@ -314,7 +314,7 @@ UNFIT: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "mask-as-a-list": ({"attention_mask": [[1] * LENGTH]}, "attention_mask must be a tensor.*not a list"),
     "mask-as-a-dict": ({"attention_mask": {"full_attention": None}}, "not a dict"),
-    "mask-below-0": ({"attention_mask": torch.ones(1, LENGTH).index_fill(1, torch.tensor([0]), -1e4)}, "holds -10000"),
+    "mask-below-0": ({"attention_mask": torch.ones(1, LENGTH).index_fill(1, torch.tensor([0]), -7)}, "contains -7"),
     "mask-of-halves": ({"attention_mask": torch.full((1, LENGTH), 0.5)}, r"this one contains 0\.5"),
     "mask-with-three-dimensions": ({"attention_mask": torch.ones(1, LENGTH, LENGTH)}, r"it must be \[1, tokens\]"),
     "mask-of-too-many-heads": ({"attention_mask": torch.ones(1, 2, LENGTH, LENGTH).bool()}, "1 or 6 heads"),

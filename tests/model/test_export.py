@@ -15,10 +15,14 @@ from hf_alibi.model.alibi import alibi_slopes
 from hf_alibi.model.causal import attention_in_tiles
 
 pytestmark = [
-    pytest.mark.filterwarnings("default"),  # Dynamo fails where it meets a warning that is an error
-    pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects"),  # Transformers'
-    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),  # what is constant in a trace is so on purpose
-    pytest.mark.filterwarnings("ignore:.*is deprecated:"),  # tracing, and what it touches in Transformers
+    # Dynamo fails if a warning is an error.
+    pytest.mark.filterwarnings("default"),
+    # Transformers has these side effects.
+    pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects"),
+    # Constants in a trace are intended.
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+    # Tracing and the functions of Transformers that it calls are deprecated.
+    pytest.mark.filterwarnings("ignore:.*is deprecated:"),
 ]
 
 SHAPES: dict[str, dict[str, Any]] = {
