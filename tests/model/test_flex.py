@@ -20,6 +20,7 @@ from transformers import DynamicCache, StaticCache
 from hf_alibi import AlibiGPTConfig
 from hf_alibi.model import flex
 from hf_alibi.model.flex import flex_attention_forward
+from hf_alibi.model.inputs import AttentionInputs
 from hf_alibi.model.layout import TokenLayout
 
 # PyTorch's compiler imports a module that uses deprecated functions of PyTorch.
@@ -166,10 +167,10 @@ def test_windows_keep_all_blocks_within_and_few_beyond(layout: TokenLayout) -> N
 @no_grad
 def test_layers_share_their_masks() -> None:
     layout = layout_of(6, 2, 700)
-    query, key, _ = states(6, 2, 700, 700, dtype=torch.float32)
+    inputs = AttentionInputs(*states(6, 2, 700, 700, dtype=torch.float32), layout.slopes, SCALING)
+    near, as_near = (torch.tensor(windows) for windows in ([1, 1, 1, 1, 200, 900], [9, 9, 9, 9, 201, 5000]))
     first, second, third, fourth = (
-        flex._bias(query, key, layout.slopes, layout, windows if windows is None else torch.tensor(windows))[0]
-        for windows in (None, None, [1, 1, 1, 1, 200, 900], [9, 9, 9, 9, 201, 5000])
+        flex._bias(inputs._replace(windows=windows), layout)[0] for windows in (None, None, near, as_near)
     )
     assert first is second
     assert third is fourth
