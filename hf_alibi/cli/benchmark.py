@@ -4,20 +4,17 @@
     hf_alibi benchmark model --train_lengths 1024 4096 --prefill_lengths 4096 16384 --output_prefix runs/model
     hf_alibi benchmark generation --contexts 1024 16384 65536 --output_prefix runs/generation
 
-attention: PyTorch's causal attention without any bias (the yardstick), with a stored ALiBi mask, and with a mask made
-    in
-each call; Transformers' attention with a stored `position_bias`; and our backends with and without head windows. All
-have the same QK-normed input. Measured are forward, and forward with backward. The error is the largest difference
-from float64.
+attention: PyTorch's causal attention without any bias (the yardstick), with a stored ALiBi mask, and with a mask that
+is made in each call; Transformers' attention with a stored `position_bias`; and our backends with and without head
+windows. All have the same QK-normed input. Measured are forward, and forward with backward. The error is the largest
+difference from float64.
 
 model: training steps (forward and backward of one sequence) and prefills (last logits and the cache) of our model and
-    of
-Transformers' Llama (the yardstick), GPT-2, BLOOM and MPT at the same size. Also, how much the logits of our backends
-differ for the same weights.
+of Transformers' Llama (the yardstick), GPT-2, BLOOM and MPT at the same size. Also, how much the logits of our
+backends differ for the same weights.
 
 generation: the time of a decoded token after a long prompt, the size of the cache, and the prefill in chunks. This is
-    the
-cost of the models alone, without what `generate` adds.
+the cost of the models alone, without what `generate` adds.
 
 hf_alibi/benchmark/measuring.py says how time and memory are measured, and subjects.py what is measured. PREFIX.json
 gets every figure with hardware and versions, PREFIX.png a plot. "-" means that something was not measured; the reason
