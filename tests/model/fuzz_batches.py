@@ -159,6 +159,10 @@ class Batch:
                     texts.append((row, slots, oracle.Text(self.tokens[row, slots], self.divisors[slots])))
         return texts
 
+    def told(self) -> Tensor:
+        """The documents of the slots read up to now, `[rows, slots]`, 0 for padding."""
+        return self.documents[self.source, : self.tokens.shape[1]]
+
     def real(self) -> Tensor:
         """Which slots read up to now are no padding, `[rows, slots]`."""
-        return self.documents[self.source, : self.tokens.shape[1]] > 0
+        return self.told() > 0

@@ -32,8 +32,8 @@ SMALL_TILES = {
     flex: {"QUERY_BLOCK": 16},
     cache: {"SPARE": 5, "SHARED_SLOTS": 12},
 }
-# Fused kernels round elsewhere than plain operations, and the largest error in a short text varies by chance.
-FACTOR = 8
+# Fused kernels round elsewhere than plain operations.
+FACTOR = 6
 
 Weights = dict[str, Tensor]
 
@@ -93,14 +93,25 @@ class Reader(NamedTuple):
 
 
 def readers_of(case: Case, weights: Weights) -> list[Reader]:
-    """Returns the exact model, one in the dtype of the case, and one with windows if the case has any.
+    """Returns the exact model, one in the dtype of the case, one with other last bits, and one with windows if any.
 
-    Plain operations in float64 would be as good as the exact ones: there, errors in float32 are scaled down.
+    Plain operations in float64 would be as exact as the first one, so there the errors of float32 are scaled down.
+    Plain operations can also be right by chance, above all in a short text. The model whose weights differ from the
+    exact ones in their last bits shows how much rounding matters in this case.
     """
     dtype = torch.bfloat16 if case.dtype == "autocast" else dtype_of(case)
     plain = torch.float32 if dtype == torch.float64 else dtype
     scale = torch.finfo(dtype).eps / torch.finfo(plain).eps
-    readers = [Reader(cast(weights, torch.float64)), Reader(cast(weights, plain), scale=scale)]
+    random = torch.Generator().manual_seed(case.seed)
+    last_bits = {
+        name: weight * (1 + torch.finfo(dtype).eps * (torch.rand(weight.shape, generator=random) - 0.5))
+        for name, weight in weights.items()
+    }
+    readers = [
+        Reader(cast(weights, torch.float64)),
+        Reader(cast(weights, plain), scale=scale),
+        Reader(cast(last_bits, torch.float64)),
+    ]
     few_keys = SMALL_TILES[tiles]["FEW_KEYS"] if case.small_tiles else tiles.FEW_KEYS
     if case.backend != "eager" and (case.cache == "windowed" or case.length > few_keys):
         readers.append(Reader(cast(weights, torch.float64), tolerance=case.config["window_tolerance"]))
@@ -199,9 +210,9 @@ def read_in_steps(case: Case, model: AlibiGPTForCausalLM, batch: Batch, compare_
             try:
                 logits.append(read(tokens))
             except ValueError as error:
-                if case.needs_lost_keys and "needs keys that the windowed cache no longer" in str(error):
-                    return
-                raise
+                if not is_a_refusal(error, case, batch):
+                    raise
+                return
             done += what
         elif kind == "mistake":
             if case.cache == "static" and not hasattr(StaticLayer, "crop"):  # before Transformers 5.24
@@ -215,6 +226,15 @@ def read_in_steps(case: Case, model: AlibiGPTForCausalLM, batch: Batch, compare_
             logits = []
             change_rows(kind, what, past, batch)
     compare_logits(torch.cat(logits, 1))
+
+
+def is_a_refusal(error: ValueError, case: Case, batch: Batch) -> bool:
+    """Whether the model says that it cannot know what this pass asks for, and that is so."""
+    if "needs keys that the windowed cache no longer" in str(error):
+        return case.needs_lost_keys
+    # After a change of rows, or a mistake, all rows are their first document. Numbers are then a plain mask.
+    is_plain = case.encoding == "document numbers" and int(batch.told().max()) <= 1
+    return is_plain and "The cache holds several documents" in str(error)
 
 
 def change_rows(kind: str, what: Any, past: Any, batch: Batch) -> None:
