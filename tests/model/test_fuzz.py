@@ -32,8 +32,8 @@ SMALL_TILES = {
     flex: {"QUERY_BLOCK": 16},
     cache: {"SPARE": 5, "SHARED_SLOTS": 12},
 }
-# Fused kernels round elsewhere than plain operations.
-FACTOR = 6
+# Fused kernels round elsewhere than plain operations, and the error of a gradient of few numbers varies by chance.
+FACTOR = 8
 
 Weights = dict[str, Tensor]
 
