@@ -283,7 +283,7 @@ def test_what_a_cache_says_of_itself_is_what_a_dynamic_cache_says(make_model: Mo
         for either in (past, plain):
             step(either)
         assert said(past) == said(plain)
-    with pytest.raises(ValueError, match="negative"):
+    with pytest.raises(ValueError, match="minus the number of tokens to remove"):
         past.crop(3)
 
 
