@@ -1,21 +1,16 @@
 """Checks of the arguments in `**kwargs` of a forward pass: each is used, known to be harmless, or refused by name.
 
 Transformers' models accept any argument and ignore unknown ones. An ignored mask would give wrong results without any
-error, so unknown tensors raise an error here. Unknown flags and numbers are ignored with a warning: a newer `generate`
-or Trainer may pass one, and saved checkpoints must keep working with it.
+error, so this model ignores only arguments that cannot change results.
 """
 
-import logging
 from difflib import get_close_matches
-from functools import cache
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
 
 from .recording import is_recorded
-
-logger = logging.getLogger(__name__)
 
 HARMLESS = {
     # They decide what is returned, and `forward` reads them elsewhere.
@@ -59,13 +54,13 @@ UNDERSTOOD = (
 )
 
 
-def check_arguments(arguments: dict[str, Any], num_queries: int, past_key_values: Cache | None) -> None:
+def check_arguments(arguments: dict[str, Any], num_queries: int, cache: Cache | None) -> None:
     """Checks that no argument asks for something that this model does not do.
 
     Args:
         arguments: The `**kwargs` of the forward pass. `None` counts as not given.
         num_queries: Number of tokens in the pass.
-        past_key_values: The cache before this pass.
+        cache: The cache before this pass.
 
     Raises:
         ValueError: For the first such argument; the message names it.
@@ -86,7 +81,7 @@ def check_arguments(arguments: dict[str, Any], num_queries: int, past_key_values
                     "is_causal=False is not supported: a token sees only itself and earlier tokens. Leave it out."
                 )
         elif name == "cache_position":
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            past = 0 if cache is None else cache.get_seq_length()
             if not tracing and value.flatten().tolist() != list(range(int(past), int(past) + num_queries)):
                 raise ValueError(
                     f"cache_position={value.tolist()} does not fit {num_queries} new tokens after {int(past)} cached "
@@ -94,16 +89,7 @@ def check_arguments(arguments: dict[str, Any], num_queries: int, past_key_values
                 )
         else:
             near = get_close_matches(name, [*UNDERSTOOD, *HARMLESS], n=1, cutoff=0.8)
-            if near or not isinstance(value, bool | int | float | str):
-                advice = f"did you mean {near[0]}?" if near else "leave it out."
-                raise ValueError(
-                    f"This model does not know the argument {name}, and ignoring it might give wrong results: {advice}"
-                )
-            if not tracing:
-                _warn_of_unknown_flag(name)
-
-
-@cache
-def _warn_of_unknown_flag(name: str) -> None:
-    """Logs a warning, once for each name."""
-    logger.warning(f"This model does not know the argument {name} and ignores it.")
+            advice = f"did you mean {near[0]}?" if near else "leave it out."
+            raise ValueError(
+                f"This model does not know the argument {name}, and ignoring it might give wrong results: {advice}"
+            )

@@ -335,8 +335,6 @@ UNFIT: dict[str, tuple[dict[str, Any], str]] = {
     "both-directions": ({"is_causal": False}, "is_causal=False is not supported"),
     "cache-position": ({"cache_position": torch.arange(1, LENGTH + 1)}, "does not fit 17 new tokens after 0 cached"),
     "misspelt": ({"atention_mask": torch.ones(1, LENGTH)}, "atention_mask.*did you mean attention_mask"),
-    "misspelt-flag": ({"use_cach": True}, "use_cach.*did you mean use_cache"),
-    "list-of-lengths": ({"document_lengths": [9, 8]}, "does not know the argument document_lengths"),
 }
 
 
@@ -615,16 +613,3 @@ def test_positions_that_a_cache_does_not_have_are_refused_with_a_mask_of_four_di
                 position_ids=start + torch.arange(2)[None],
                 past_key_values=cache,
             )
-
-
-@no_grad
-def test_an_unknown_flag_is_ignored_with_one_warning(
-    make_model: ModelFactory, caplog: pytest.LogCaptureFixture
-) -> None:
-    model, input_ids = make_model(), tokens()
-    expected = model(input_ids).logits
-    for _ in range(2):
-        assert torch.equal(model(input_ids, flag_of_a_newer_generate=True).logits, expected)
-    assert [record.message for record in caplog.records] == [
-        "This model does not know the argument flag_of_a_newer_generate and ignores it."
-    ]

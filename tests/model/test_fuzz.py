@@ -32,8 +32,8 @@ SMALL_TILES = {
     flex: {"QUERY_BLOCK": 16},
     cache: {"SPARE": 5, "SHARED_SLOTS": 12},
 }
-# Fused kernels round elsewhere than plain operations, and the error of a gradient of few numbers varies by chance.
-FACTOR = 8
+# Fused kernels round elsewhere than plain operations, and the largest of a few errors varies by chance.
+FACTOR = 6
 
 Weights = dict[str, Tensor]
 
@@ -104,7 +104,8 @@ def readers_of(case: Case, weights: Weights) -> list[Reader]:
     scale = torch.finfo(dtype).eps / torch.finfo(plain).eps
     random = torch.Generator().manual_seed(case.seed)
     last_bits = {
-        name: weight * (1 + torch.finfo(dtype).eps * (torch.rand(weight.shape, generator=random) - 0.5))
+        name: weight
+        * (1 + torch.finfo(dtype).eps * (2 * torch.rand(weight.shape, generator=random, dtype=torch.float64) - 1))
         for name, weight in weights.items()
     }
     readers = [
