@@ -1,0 +1,173 @@
+"""Tests a trained model: loss by length and position with both protocols, copies by distance, windows, interpolation.
+
+Losses are means in nats per token. `evaluation/perplexity.py` explains the protocols. Here the targets of the sliding
+windows follow the first window of the longest length, so that every one has its whole context at every length. The
+same targets are also scored with non-overlapping windows (`same_targets`).
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..evaluation.perplexity import bits_per_byte, mean_by_doubling, nats_by_position, token_nats
+from .methods import METHODS
+from .watching import kept_fraction, window_record
+
+# Tokens of a segment that is repeated.
+SEGMENT = 32
+UNREADABLE = "a learned table has no embeddings beyond the training length"
+
+
+def readable(settings: dict[str, Any], length: int) -> bool:
+    """Returns whether the model of a run can read texts of this length."""
+    return length <= settings["training_length"] or not METHODS[settings["method"]].has_table
+
+
+def by_length(
+    model: PreTrainedModel, ids: Tensor, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """Returns the loss at each test length, or why there is none.
+
+    Args:
+        model: In evaluation mode.
+        ids: `[tokens]`, the text.
+        settings: Of the run.
+        tokenizer: For the bits per byte.
+    """
+    how, results = settings["test"], dict[str, dict[str, Any]]()
+    longest = max(how["lengths"])
+    ids = ids[: how["tokens"] + 1]
+    for length in settings["test_lengths"]:
+        if not readable(settings, length):
+            results[str(length)] = {"unreadable": UNREADABLE}
+            continue
+        start = time.perf_counter()
+        nats = token_nats(model, ids, length, tokens_per_forward=how["tokens_per_forward"])
+        seconds = time.perf_counter() - start
+        sliding = slice(longest, longest + how["sliding_tokens"])
+        # The first window ends where the targets begin, so its own targets are left out.
+        part = ids[longest - length : sliding.stop + 1]
+        slid = token_nats(model, part, length, how["stride"], tokens_per_forward=how["tokens_per_forward"])[length:]
+        results[str(length)] = {
+            "nats": nats.mean().item(),
+            "bits_per_byte": bits_per_byte(nats, ids[1:], tokenizer),
+            "targets": len(nats),
+            "tokens_per_second": round(len(nats) / seconds, 1),
+            "by_position": {str(end): loss for end, loss in _doubled(nats, length).items()},
+            "same_targets": nats[sliding].mean().item(),
+            "sliding": slid.mean().item(),
+            "sliding_targets": len(slid),
+        }
+    return results
+
+
+def _doubled(nats: Tensor, length: int) -> dict[int, float]:
+    return mean_by_doubling(nats_by_position(nats, length).tolist())
+
+
+def interpolated(model: PreTrainedModel, ids: Tensor, settings: dict[str, Any]) -> dict[str, float]:
+    """Returns the loss at each length beyond the training length, with slopes divided by how much longer it is."""
+    how, found = settings["test"], {}
+    for length in settings["test_lengths"]:
+        factor = length / settings["training_length"]
+        if factor > 1:
+            with _changed(model, alibi_scaling={"type": "linear", "factor": factor}):
+                nats = token_nats(
+                    model, ids[: how["tokens"] + 1], length, tokens_per_forward=how["tokens_per_forward"]
+                )
+            found[str(length)] = nats.mean().item()
+    return found
+
+
+def windows_checked(model: PreTrainedModel, ids: Tensor, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns loss and time at the longest length with and without windows, or None if the model has no windows.
+
+    Returns:
+        `length`, `nats` and `nats_without`, `largest_difference` of the loss of a token, `seconds` and
+        `seconds_without`, and `kept`: the part of all pairs of query and key within the windows.
+    """
+    record = window_record(model)
+    if record is None or not settings["test_lengths"]:
+        return None
+    how, length = settings["test"], max(settings["test_lengths"])
+    losses, seconds = [], []
+    for tolerance in (model.config.window_tolerance, 0.0):
+        with _changed(model, window_tolerance=tolerance):
+            start = time.perf_counter()
+            losses.append(token_nats(model, ids[: how["tokens"] + 1], length, tokens_per_forward=length))
+            seconds.append(round(time.perf_counter() - start, 2))
+    return {
+        "length": length,
+        "nats": losses[0].mean().item(),
+        "nats_without": losses[1].mean().item(),
+        "largest_difference": (losses[0] - losses[1]).abs().max().item(),
+        "seconds": seconds[0],
+        "seconds_without": seconds[1],
+        "kept": kept_fraction(record["windows"], length),
+    }
+
+
+@contextmanager
+def _changed(model: PreTrainedModel, **values: Any) -> Iterator[None]:
+    """Changes fields of the model's config for a while."""
+    before = {name: getattr(model.config, name) for name in values}
+    for name, value in values.items():
+        setattr(model.config, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(model.config, name, value)
+
+
+@torch.no_grad()
+def copies(model: PreTrainedModel, ids: Tensor, settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the loss of a segment that occurred before, and of the same segment where it did not, by distance.
+
+    A row is a segment of `SEGMENT` tokens, other text, and the segment again. The control begins with another segment
+    and is otherwise the same. The first token of the copy is not scored, as nothing announces it. Rows, and so the
+    results of all models, are of the same text.
+
+    Args:
+        model: In evaluation mode.
+        ids: `[tokens]`, the text.
+        settings: Of the run.
+
+    Returns:
+        By the tokens from one beginning to the other: `copy` and `control` in nats, and `rows`; or why there is none.
+    """
+    how, found = settings["test"], {}
+    for distance in how["copy_distances"]:
+        length = distance + SEGMENT
+        if not readable(settings, length):
+            found[str(distance)] = {"unreadable": UNREADABLE}
+            continue
+        rows = max(4, how["copy_tokens"] // length)
+        random = np.random.default_rng(distance)
+        between, segment, other = random.integers(0, len(ids) - length, (3, rows))
+        losses = {}
+        for name, first in (("copy", segment), ("control", other)):
+            parts = [
+                torch.cat([ids[a : a + SEGMENT], ids[b : b + distance - SEGMENT], ids[c : c + SEGMENT]])
+                for a, b, c in zip(first, between, segment, strict=True)
+            ]
+            losses[name] = _last_nats(model, torch.stack(parts), how["tokens_per_forward"]).mean().item()
+        found[str(distance)] = losses | {"rows": rows}
+    return found
+
+
+def _last_nats(model: PreTrainedModel, rows: Tensor, per_forward: int) -> Tensor:
+    """Returns the losses of the last `SEGMENT - 1` tokens of each row."""
+    losses = []
+    for part in rows.split(max(1, per_forward // rows.shape[1])):
+        part = part.to(model.device)
+        logits = model(input_ids=part, use_cache=False, logits_to_keep=SEGMENT).logits[:, :-1].float()
+        losses.append(F.cross_entropy(logits.transpose(1, 2), part[:, 1 - SEGMENT :], reduction="none"))
+    return torch.cat(losses).double()
