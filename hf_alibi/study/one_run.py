@@ -2,8 +2,8 @@
 
     python -m hf_alibi.study.one_run FOLDER < request.json
 
-The request holds the settings of the run and what the record says beside its results. A trained model is kept in the
-folder of the study. If the process is killed after training, the next one only tests.
+The request holds the settings of the run, what the record says beside its results, and the process of the study. A
+trained model is kept in the folder of the study. If the process is killed after training, the next one only tests.
 """
 
 import json
@@ -39,15 +39,16 @@ def main() -> None:
     if settings["question"] == SPEED:
         record["speed"] = measure_speed(settings, request["configs"])
     else:
-        model, record["training"] = trained(settings, request["text"], folder)
-        # Not `model.config`, whose other fields are defaults of the version that the environment names.
+        model, record["training"] = trained(settings, request["text"], folder, request["study"])
         if settings["question"] != SWEEP:
             record |= tested(model, settings, request["text"]["tests"], folder / "text")
     record["peak_mib"] = round(peak_mib(), 1)
     write_json(run_file(folder, settings["name"]), record)
 
 
-def trained(settings: dict[str, Any], text: dict[str, Any], folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+def trained(
+    settings: dict[str, Any], text: dict[str, Any], folder: Path, parent: int
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Returns the model of a run and the record of its training. A model that an earlier process trained is loaded."""
     place = folder / "models" / settings["name"]
     # Written last, so what it describes is complete.
@@ -56,7 +57,7 @@ def trained(settings: dict[str, Any], text: dict[str, Any], folder: Path) -> tup
         return AutoModelForCausalLM.from_pretrained(place).eval(), earlier["training"]
     shutil.rmtree(place, ignore_errors=True)
     start = peak_mib()
-    model, training = train_run(settings, folder / "text", place)
+    model, training = train_run(settings, folder / "text", place, parent)
     training |= {"peak_mib": round(peak_mib(), 1), "start_mib": round(start, 1)}
     if settings["question"] != SWEEP:
         model.save_pretrained(place)

@@ -41,6 +41,8 @@ class Training:
         evaluation_tokens: Held-out tokens of each evaluation.
         gradient_accumulation_steps: Forward passes of a step.
         bf16: Whether to train with bfloat16 autocast.
+        text_tokens: Tokens of the text that runs draw their rows from; None for those of the longest run. Longer runs
+            read it again. If it is given, runs that are added to a plan later do not change the others.
         tokens_per_second: Speed that `--dry_run` assumes, measured where the plan says.
     """
 
@@ -58,6 +60,7 @@ class Training:
     evaluation_tokens: int = 16_384
     gradient_accumulation_steps: int = 1
     bf16: bool = False
+    text_tokens: int | None = None
     tokens_per_second: Number = 6500
 
 
@@ -279,10 +282,10 @@ def _check(plan: Plan, where: str) -> None:
         raise UserError(f"{where} needs at least one training length, one seed and one test length")
     for length in lengths:
         rows = training.gradient_accumulation_steps * length
-        if length < 8 or step % rows or max(lengths) % length:
+        if length < 8 or step % rows or max(training.lengths) % length:
             raise UserError(
                 f"{where}: tokens_per_step {step} must be a multiple of each training length times "
-                f"gradient_accumulation_steps, and the longest length of each other one; {length} does not fit"
+                f"gradient_accumulation_steps, and the longest of lengths a multiple of each; {length} does not fit"
             )
     if test.tokens % max(test.lengths) or any(max(test.lengths) % length for length in test.lengths):
         raise UserError(f"{where} [test]: tokens and every length must divide evenly by or into the longest length")

@@ -76,11 +76,11 @@ def settings(run: Run, plan: Plan, choices: dict[str, dict[str, Any]]) -> dict[s
         values["recall"] = asdict(plan.recall)  # type: ignore[arg-type]
     if run.question == SPEED:
         values["speed"] = asdict(plan.speed)  # type: ignore[arg-type]
-    for key in ("methods", "seeds", "lengths", "tokens", "learning_rate", "tokens_per_second"):
+    for key in ("methods", "seeds", "lengths", "tokens", "learning_rate", "text_tokens", "tokens_per_second"):
         # These belong to the plan. Those of the run are above, and a change of the others changes no result.
         values["training"].pop(key)
     # The chunks in which the text is shuffled, the same at every training length.
-    values["training"]["chunk"] = longest_training_length(plan)
+    values["training"]["chunk"] = max(plan.training.lengths)
     return values
 
 
@@ -88,11 +88,6 @@ def model_fields(run: Run, plan: Plan) -> dict[str, Any]:
     """Returns the config fields of a run's model that the plan and the method decide."""
     method = METHODS[run.method]
     return {"model_type": method.model_type, "training_length": run.training_length} | plan.model | method.config
-
-
-def longest_training_length(plan: Plan) -> int:
-    """Returns the longest length that any run trains at."""
-    return max(run.training_length for run in all_runs(plan))
 
 
 def _sweep(plan: Plan) -> Iterator[Run]:

@@ -5,6 +5,7 @@ it was in. A finished run is never run again: if the plan or the text now ask fo
 """
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -49,7 +50,7 @@ def run_study(plan: Plan, plan_file: Path, text: dict[str, Any], folder: Path, p
         if is_finished(path, asked, text):
             continue
         print(f"{number}/{len(runs)}  {run.name}", flush=True)
-        request = {"settings": asked, "text": text, "command": command(plan, run)}
+        request = {"settings": asked, "text": text, "command": command(plan, run), "study": os.getpid()}
         if run.question == SPEED:
             request["configs"] = speed_configs(plan)
         if not _run_process(request, folder, run.name):

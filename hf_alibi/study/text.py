@@ -69,7 +69,9 @@ def prepare_text(plan: Plan, texts: Mapping[str, list[str]], folder: Path) -> di
         if texts and record["request"] != request:
             raise UserError(f"{folder} holds other texts, or those of another plan; give another --output_dir")
         if record["request"]["sizes"] != request["sizes"]:
-            raise UserError(f"{folder} holds too few tokens for this plan; remove it to have them made again")
+            raise UserError(
+                f"{folder} holds the text of another version of this plan; remove it to have it made again"
+            )
         return record["arrays"]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -102,7 +104,7 @@ def sizes(plan: Plan) -> dict[str, int]:
     rows = ROOM * (max(distances, default=0) + SEGMENT)
     return {
         "vocab_size": plan.model["vocab_size"],
-        TRAIN: max(run.tokens for run in all_runs(plan)),
+        TRAIN: plan.training.text_tokens or max(run.tokens for run in all_runs(plan)),
         VALIDATION: plan.training.evaluation_tokens,
         "test": max(test.tokens, rows) + 1,
     }

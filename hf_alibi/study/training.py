@@ -76,18 +76,20 @@ class Rows(Dataset):
 
 
 class Watcher(TrainerCallback):
-    """Records the windows along training, and ends the process if the study that started it is gone.
+    """Records the windows along training, and ends the process if the study that started it has been killed.
 
     Attributes:
         records: One for each point.
         seconds: Time that recording took.
+        cpu_seconds: Time that all threads together were busy with steps. Other work on the machine hardly changes it.
     """
 
-    def __init__(self, steps: int, points: int) -> None:
+    def __init__(self, steps: int, points: int, parent: int) -> None:
         self.at = {round(steps * point / points) for point in range(points + 1)}
         self.records: list[dict[str, Any]] = []
         self.seconds = 0.0
-        self.parent = os.getppid()
+        self.cpu_seconds = 0.0
+        self.parent = parent
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -95,10 +97,17 @@ class Watcher(TrainerCallback):
         """Records the new model."""
         self._record(0, kwargs["model"])
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Notes the time."""
+        self.begun = time.process_time()
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Records the model at the chosen steps."""
+        self.cpu_seconds += time.process_time() - self.begun
         if os.getppid() != self.parent:
             raise SystemExit("the study that started this run has ended")
         if state.global_step in self.at:
@@ -142,17 +151,20 @@ def finite(loss: float) -> float | None:
     return loss if math.isfinite(loss) else None
 
 
-def train_run(settings: dict[str, Any], text: Path, folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+def train_run(
+    settings: dict[str, Any], text: Path, folder: Path, parent: int
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Trains the model of a run.
 
     Args:
         settings: See `runs.settings`.
         text: Folder with the tokens.
         folder: Where Trainer may write.
+        parent: The process of the study. Training ends when it does.
 
     Returns:
         The model, and its record: losses in nats per token along training, tokens, seconds and tokens per second
-        without evaluations, parameters, and the windows along training.
+        without evaluations, seconds of the CPU in steps, parameters, and the windows along training.
     """
     how, length = settings["training"], settings["training_length"]
     tokens, pairs = np.load(text / "train.npy", mmap_mode="r"), settings.get("recall", {}).get("pairs", 0)
@@ -164,7 +176,7 @@ def train_run(settings: dict[str, Any], text: Path, folder: Path) -> tuple[PreTr
     set_seed(settings["seed"])
     model = new_model(settings["config"])
     model.config.use_cache = False
-    watcher = Watcher(steps, settings["points"])
+    watcher = Watcher(steps, settings["points"], parent)
     evaluated_every = max(1, steps // how["evaluations"])
     rows = how["tokens_per_step"] // how["gradient_accumulation_steps"] // length
     args = TrainingArguments(
@@ -199,14 +211,11 @@ def train_run(settings: dict[str, Any], text: Path, folder: Path) -> tuple[PreTr
         callbacks=[watcher],
     )
     finished = trainer.train().metrics
-    if steps % evaluated_every:
-        trainer.evaluate()
     model.config.use_cache = True
     log = trainer.state.log_history
+    # Trainer evaluates after the last step too.
     evaluations = [entry for entry in log if "eval_loss" in entry]
-    # The last evaluation is after the end of training if the steps do not divide.
-    during = [entry for entry in evaluations if entry["step"] % evaluated_every == 0]
-    seconds = finished["train_runtime"] - watcher.seconds - sum(entry["eval_runtime"] for entry in during)
+    seconds = finished["train_runtime"] - watcher.seconds - sum(entry["eval_runtime"] for entry in evaluations)
     return model.eval(), {
         "losses": [[entry["step"], finite(entry["loss"])] for entry in log if "loss" in entry],
         "evaluations": [[entry["step"], finite(entry["eval_loss"])] for entry in evaluations],
@@ -214,6 +223,7 @@ def train_run(settings: dict[str, Any], text: Path, folder: Path) -> tuple[PreTr
         "tokens": total,
         "seconds": round(seconds, 2),
         "tokens_per_second": round(total / seconds, 1),
+        "cpu_seconds": round(watcher.cpu_seconds, 2),
         "parameters": parameters(model),
         "windows": watcher.records,
     }
