@@ -21,7 +21,7 @@ from ..study.files import write_text
 from ..study.plan import find_plan, load_plan
 from ..study.records import load_records
 from ..study.runs import all_runs
-from ..study.study import chosen, run_study
+from ..study.study import check_models, chosen, run_study
 from ..study.tables import make_tables
 from ..study.text import parse_texts, prepare_text
 from ..training.data import reading_errors
@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, named = parse(parser, argv)
     plan_file = find_plan(named.plan)
     plan = load_plan(plan_file)
+    check_models(plan)
     folder = arguments.output_dir / plan.name
     if arguments.dry_run:
         print(describe(plan, chosen(all_runs(plan), arguments.runs)))

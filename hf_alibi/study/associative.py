@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .testing import unreadable
+
 # Keys are drawn from the lower half of these tokens, values from the upper half. Every byte-level vocabulary has them.
 FIRST_TOKEN, LAST_TOKEN = 2, 258
 
@@ -54,7 +56,7 @@ def with_pairs(row: Tensor, pairs: int, random: np.random.Generator, distance: i
 def associative_recall(
     model: PreTrainedModel, text: Tensor, pairs: int, distances: list[int], rows: int, per_forward: int
 ) -> dict[str, Any]:
-    """Returns loss and accuracy of the values after repeated keys, by distance.
+    """Returns loss and accuracy of the values after repeated keys, by distance; or why there are none.
 
     Args:
         model: In evaluation mode.
@@ -64,8 +66,11 @@ def associative_recall(
         rows: Rows at each distance.
         per_forward: Most tokens of a forward pass.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for distance in distances:
+        if reason := unreadable(model, distance + 2 * pairs):
+            found[str(distance)] = reason
+            continue
         random = np.random.default_rng([distance, pairs])
         length = distance + 2 * pairs
         starts = random.integers(0, len(text) - length, rows)

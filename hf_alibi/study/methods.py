@@ -20,13 +20,11 @@ class Method:
         model_type: The model with this method, as the Auto classes know it.
         label: Its name in tables and plots.
         config: Fields of the config, if they differ from the defaults of `model_type`.
-        has_table: Whether the model has an embedding for each position, and cannot read beyond its training length.
     """
 
     model_type: str
     label: str
     config: dict[str, Any] = field(default_factory=dict)
-    has_table: bool = False
 
 
 METHODS = {

@@ -4,11 +4,13 @@ Runs are in the order in which their results are wanted: the sweep, the first se
 seeds, speed, ablations, windows, recall. A run is one process and leaves one JSON file (`one_run.py`).
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from typing import Any
 
+from ..errors import UserError
 from .methods import METHODS, SLOPES
 from .plan import Plan
 
@@ -51,9 +53,13 @@ class Run:
 
 
 def all_runs(plan: Plan) -> list[Run]:
-    """Returns the runs of a plan in order."""
+    """Returns the runs of a plan in order. Raises `UserError` if two have the same name."""
     parts = (_sweep, _main, _speed, _ablations, _windows, _recall)
-    return [run for part in parts for run in part(plan)]
+    runs = [run for part in parts for run in part(plan)]
+    for name, number in Counter(run.name for run in runs).items():
+        if number > 1:
+            raise UserError(f"the plan {plan.name} makes the run {name} {number} times; each needs another name")
+    return runs
 
 
 def settings(run: Run, plan: Plan, choices: dict[str, dict[str, Any]]) -> dict[str, Any]:

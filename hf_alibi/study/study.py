@@ -19,6 +19,7 @@ from ..errors import UserError
 from .files import read_json, run_file, write_json
 from .plan import Plan
 from .runs import SPEED, SWEEP, Run, all_runs, model_fields, settings
+from .training import new_config
 
 
 def run_study(plan: Plan, plan_file: Path, text: dict[str, Any], folder: Path, patterns: Sequence[str]) -> None:
@@ -59,6 +60,13 @@ def run_study(plan: Plan, plan_file: Path, text: dict[str, Any], folder: Path, p
         write_json(folder / "sweep.json", sweep_choices(plan, folder))
     if failed:
         raise UserError(f"{len(failed)} runs have failed: {'; '.join(failed)}")
+
+
+def check_models(plan: Plan) -> None:
+    """Raises `UserError` if the config of a run's model is impossible, before any long work begins."""
+    for run in all_runs(plan):
+        if run.question != SPEED:
+            new_config(settings(run, plan, {})["config"])
 
 
 def chosen(runs: Sequence[Run], patterns: Sequence[str]) -> list[Run]:

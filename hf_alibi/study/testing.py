@@ -17,17 +17,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.perplexity import bits_per_byte, mean_by_doubling, nats_by_position, token_nats
-from .methods import METHODS
 from .watching import kept_fraction, window_record
 
 # Tokens of a segment that is repeated.
 SEGMENT = 32
-UNREADABLE = "a learned table has no embeddings beyond the training length"
+UNREADABLE = "the model has no positions beyond {limit} tokens"
 
 
-def readable(settings: dict[str, Any], length: int) -> bool:
-    """Returns whether the model of a run can read texts of this length."""
-    return length <= settings["training_length"] or not METHODS[settings["method"]].has_table
+def unreadable(model: PreTrainedModel, length: int) -> dict[str, Any] | None:
+    """Returns why a model cannot read texts of this length, such as one with a learned table; None if it can."""
+    limit = model.config.max_position_embeddings
+    return {"unreadable": UNREADABLE.format(limit=limit)} if length > limit else None
 
 
 def by_length(
@@ -45,8 +45,8 @@ def by_length(
     longest = max(how["lengths"])
     ids = ids[: how["tokens"] + 1]
     for length in settings["test_lengths"]:
-        if not readable(settings, length):
-            results[str(length)] = {"unreadable": UNREADABLE}
+        if reason := unreadable(model, length):
+            results[str(length)] = reason
             continue
         start = time.perf_counter()
         nats = token_nats(model, ids, length, tokens_per_forward=how["tokens_per_forward"])
@@ -146,21 +146,44 @@ def copies(model: PreTrainedModel, ids: Tensor, settings: dict[str, Any]) -> dic
     how, found = settings["test"], {}
     for distance in how["copy_distances"]:
         length = distance + SEGMENT
-        if not readable(settings, length):
-            found[str(distance)] = {"unreadable": UNREADABLE}
+        if reason := unreadable(model, length):
+            found[str(distance)] = reason
             continue
         rows = max(4, how["copy_tokens"] // length)
-        random = np.random.default_rng(distance)
-        between, segment, other = random.integers(0, len(ids) - length, (3, rows))
+        between, segment, other = _places(len(ids), distance, rows)
         losses = {}
         for name, first in (("copy", segment), ("control", other)):
             parts = [
-                torch.cat([ids[a : a + SEGMENT], ids[b : b + distance - SEGMENT], ids[c : c + SEGMENT]])
-                for a, b, c in zip(first, between, segment, strict=True)
+                _piece(ids, first, SEGMENT),
+                _piece(ids, between, distance - SEGMENT),
+                _piece(ids, segment, SEGMENT),
             ]
-            losses[name] = _last_nats(model, torch.stack(parts), how["tokens_per_forward"]).mean().item()
+            losses[name] = _last_nats(model, torch.cat(parts, dim=1), how["tokens_per_forward"]).mean().item()
         found[str(distance)] = losses | {"rows": rows}
     return found
+
+
+def _places(text: int, distance: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draws where the text between, the segment and the other segment of each row begin. None overlaps another.
+
+    Args:
+        text: Tokens of the text, at least `distance + SEGMENT`. It is taken as a circle.
+        distance: Between the segments.
+        rows: Number of rows.
+    """
+    random = np.random.default_rng(distance)
+    between = random.integers(0, text, rows)
+    # What the text between leaves has room for both segments, one before the other.
+    end = between + distance - SEGMENT
+    first, second = np.sort(random.integers(0, text - distance - SEGMENT + 1, (2, rows)), axis=0)
+    swapped = random.random(rows) < 0.5
+    segment, other = np.where(swapped, second + SEGMENT, first), np.where(swapped, first, second + SEGMENT)
+    return between, end + segment, end + other
+
+
+def _piece(ids: Tensor, starts: np.ndarray, length: int) -> Tensor:
+    """Returns the text from each start, `[rows, length]`; the beginning follows the end."""
+    return ids[torch.from_numpy(starts[:, None] + np.arange(length)) % len(ids)]
 
 
 def _last_nats(model: PreTrainedModel, rows: Tensor, per_forward: int) -> Tensor:
