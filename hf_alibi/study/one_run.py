@@ -7,7 +7,6 @@ trained model is kept in the folder of the study. If the process is killed after
 """
 
 import json
-import resource
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..benchmark.measuring import environment
+from ..benchmark.measuring import MIB, environment, status_mib
 from ..errors import run
 from .associative import associative_recall
 from .files import read_json, run_file, write_json
@@ -25,8 +24,6 @@ from .runs import RECALL, SPEED, SWEEP
 from .speed import measure_speed
 from .testing import by_length, copies, interpolated, windows_checked
 from .training import train_run
-
-MIB = 2**20
 
 
 def main() -> None:
@@ -89,7 +86,8 @@ def peak_mib() -> float:
     """Returns the most memory in MiB that this process has held: of the GPU if there is one, else of the machine."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / MIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
+    # That of getrusage would include the memory of the study, which starts this process.
+    return status_mib("VmHWM")
 
 
 if __name__ == "__main__":

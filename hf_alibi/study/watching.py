@@ -1,5 +1,6 @@
 """The head windows of a model, and what decides them: the gains of QK-norm, and the bound U on scores."""
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from ..model.modeling_alibi_gpt import AlibiGPTModel
 
 
 def window_record(model: PreTrainedModel) -> dict[str, Any] | None:
-    """Returns U, gains and windows of every layer of a model, or None if they do not follow from its weights.
+    """Returns U, gains and windows of every layer of a model, or None if they do not follow from finite weights.
 
     Returns:
         `score_bound` (U in nats by layer), `query_gain` and `key_gain` (largest and mean absolute gain by layer),
@@ -19,6 +20,9 @@ def window_record(model: PreTrainedModel) -> dict[str, Any] | None:
     decoder = next((part for part in model.modules() if isinstance(part, AlibiGPTModel)), None)
     guarantees = decoder.window_guarantees() if decoder is not None else None
     if decoder is None or guarantees is None:
+        return None
+    if not all(math.isfinite(guarantee.score_bound) for guarantee in guarantees):
+        # Training has diverged.
         return None
     attentions: list[Any] = [layer.self_attn for layer in decoder.layers]
     return {

@@ -10,8 +10,8 @@ import torch
 from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM
 from hf_alibi.evaluation.perplexity import token_nats
 from hf_alibi.study.associative import with_pairs
-from hf_alibi.study.records import over_seeds, unconverged
-from hf_alibi.study.testing import by_length, copies
+from hf_alibi.study.records import cell, over_seeds, unconverged
+from hf_alibi.study.testing import by_length, copies, unreadable
 from hf_alibi.study.training import Rows, new_model, parameters
 from hf_alibi.study.watching import kept_fraction, window_record
 
@@ -156,6 +156,17 @@ def test_means_over_seeds() -> None:
     assert over_seeds([1.5], "+.1f") == "+1.5"
     assert over_seeds([1.0, 3.0], "+.1f") == "+2.0 ± 1.4"
     assert over_seeds([None]) == "–"
+
+
+def test_a_table_says_what_cannot_be_read() -> None:
+    model = AlibiGPTForCausalLM(
+        AlibiGPTConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    )
+    assert unreadable(model, 10**6) is None
+    reason = unreadable(model, 2**24 + 1)
+    assert reason == {"unreadable": "the model has no positions beyond 16777216 tokens"}
+    records = [{"tests": {"books": {"8": {"nats": 0.0}, "16": reason}}}]
+    assert [cell(records, "books", length) for length in (8, 16, 32)] == ["1.00", "cannot read it", "–"]
 
 
 def test_a_method_far_from_the_others_has_not_converged() -> None:

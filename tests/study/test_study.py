@@ -13,6 +13,7 @@ from tiny_study import write_plan, write_text_file
 
 from hf_alibi.cli.study import main
 from hf_alibi.errors import UserError
+from hf_alibi.study.methods import METHODS
 
 Study = tuple[list[str], Path]
 
@@ -117,6 +118,27 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path: Path) -> None:
     main(argv)
     assert second.exists()
     assert first.stat().st_mtime_ns == written
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_made(tmp_path: Path) -> None:
+    text = write_text_file(tmp_path)
+    more = "[ablations]\ntokens = 128\nlength = 16\nseeds = [0]\ntest_lengths = [16]\n"
+    more += "variants = [{ name = 'lost', config = { initializer_range = 1e30 } }, { name = 'sound' }]\n"
+    argv = [str(write_plan(tmp_path, more)), "--output_dir", str(tmp_path), "--runs", "ablations*"]
+    argv += ["--text", f"train={text}", f"validation={text}"]
+    with pytest.raises(UserError, match=r"1 runs have failed: ablations-lost-s0 \(see .*ablations-lost-s0.txt\)"):
+        main(argv)
+    assert [path.name for path in (tmp_path / "tiny" / "runs").iterdir()] == ["ablations-sound-s0.json"]
+    assert "not finite" in (tmp_path / "tiny" / "logs" / "ablations-lost-s0.txt").read_text()
+
+
+@pytest.mark.slow
+def test_the_plan_of_minutes_compares_all_methods(tmp_path: Path) -> None:
+    main(["minutes", "--output_dir", str(tmp_path)])
+    tables = (tmp_path / "minutes" / "tables.md").read_text()
+    for method in METHODS.values():
+        assert f"| {method.label} | 64 | 1 | 199,680 |" in tables
+    assert "## Speed and memory" in tables
 
 
 def _children(parent: int) -> list[int]:
