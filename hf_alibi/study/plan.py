@@ -89,9 +89,9 @@ class Test:
 
     Attributes:
         lengths: Lengths in tokens. A model is tested at those up to 16 times its training length.
-        tokens: Targets with non-overlapping windows, a multiple of the longest length.
+        tokens: Targets with non-overlapping windows, a multiple of twice the longest length: of a piece of text.
         stride: Tokens between sliding windows.
-        sliding_tokens: Targets with sliding windows. They follow the first window of the longest length.
+        sliding_tokens: Targets with sliding windows, in the second half of every piece.
         copy_distances: Tokens from the beginning of a segment to that of its copy; none if empty.
         copy_tokens: Tokens of segment, distance and copy that are read at each distance.
         tokens_per_forward: Most tokens in a forward pass.
@@ -287,9 +287,16 @@ def _check(plan: Plan, where: str) -> None:
                 f"{where}: tokens_per_step {step} must be a multiple of each training length times "
                 f"gradient_accumulation_steps, and the longest of lengths a multiple of each; {length} does not fit"
             )
-    if test.tokens % max(test.lengths) or any(max(test.lengths) % length for length in test.lengths):
-        raise UserError(f"{where} [test]: tokens and every length must divide evenly by or into the longest length")
-    if not 1 <= test.stride <= min(test.lengths) or test.sliding_tokens % test.stride:
-        raise UserError(f"{where} [test]: stride must be at most the shortest length, and divide sliding_tokens")
-    if test.sliding_tokens + max(test.lengths) > test.tokens:
-        raise UserError(f"{where} [test]: tokens must be at least sliding_tokens plus the longest length")
+    longest = max(test.lengths)
+    if test.tokens % (2 * longest) or any(longest % length for length in test.lengths):
+        raise UserError(
+            f"{where} [test]: tokens must be a multiple of twice the longest length, and that of every other length"
+        )
+    pieces = test.tokens // (2 * longest)
+    if not 1 <= test.stride <= min(test.lengths) or test.sliding_tokens % (test.stride * pieces):
+        raise UserError(
+            f"{where} [test]: stride must be at most the shortest length, and stride times the {pieces} pieces of the "
+            "text must divide sliding_tokens"
+        )
+    if not 0 < test.sliding_tokens <= longest * pieces:
+        raise UserError(f"{where} [test]: sliding_tokens must be from 1 to {longest * pieces}, half of tokens")

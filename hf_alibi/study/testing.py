@@ -1,8 +1,9 @@
 """Tests a trained model: loss by length and position with both protocols, copies by distance, windows, interpolation.
 
-Losses are means in nats per token. `evaluation/perplexity.py` explains the protocols. Here the targets of the sliding
-windows follow the first window of the longest length, so that every one has its whole context at every length. The
-same targets are also scored with non-overlapping windows (`same_targets`).
+Losses are means in nats per token. `evaluation/perplexity.py` explains the protocols. A text is made of pieces of
+twice the longest length, each of one document if documents are long (`text.py`). The targets of the sliding windows
+begin in the middle of each piece, so that every one has its whole context at every length. The same targets are also
+scored with non-overlapping windows (`same_targets`).
 """
 
 import time
@@ -44,6 +45,8 @@ def by_length(
     how, results = settings["test"], dict[str, dict[str, Any]]()
     longest = max(how["lengths"])
     ids = ids[: how["tokens"] + 1]
+    middles = range(longest, how["tokens"], 2 * longest)
+    per_piece = how["sliding_tokens"] // len(middles)
     for length in settings["test_lengths"]:
         if reason := unreadable(model, length):
             results[str(length)] = reason
@@ -51,19 +54,22 @@ def by_length(
         start = time.perf_counter()
         nats = token_nats(model, ids, length, tokens_per_forward=how["tokens_per_forward"])
         seconds = time.perf_counter() - start
-        sliding = slice(longest, longest + how["sliding_tokens"])
-        # The first window ends where the targets begin, so its own targets are left out.
-        part = ids[longest - length : sliding.stop + 1]
-        slid = token_nats(model, part, length, how["stride"], tokens_per_forward=how["tokens_per_forward"])[length:]
+        slid, same = [], []
+        for middle in middles:
+            # The first window ends where the targets begin, so its own targets are left out.
+            part = ids[middle - length : middle + per_piece + 1]
+            scored = token_nats(model, part, length, how["stride"], tokens_per_forward=how["tokens_per_forward"])
+            slid.append(scored[length:])
+            same.append(nats[middle : middle + per_piece])
         results[str(length)] = {
             "nats": nats.mean().item(),
             "bits_per_byte": bits_per_byte(nats, ids[1:], tokenizer),
             "targets": len(nats),
             "tokens_per_second": round(len(nats) / seconds, 1),
             "by_position": {str(end): loss for end, loss in _doubled(nats, length).items()},
-            "same_targets": nats[sliding].mean().item(),
-            "sliding": slid.mean().item(),
-            "sliding_targets": len(slid),
+            "same_targets": torch.cat(same).mean().item(),
+            "sliding": torch.cat(slid).mean().item(),
+            "sliding_targets": sum(map(len, slid)),
         }
     return results
 

@@ -4,6 +4,8 @@ Texts have names. `train` is for training and for the tokenizer. `validation` is
 the sweep; if it is not given, about 5% of the documents of `train` are held out. Every other text is for tests.
 Without another text, tests read what the evaluations have left of `validation`.
 
+A test should not be about one document. So evaluations and tests read the middle of several documents, in equal parts.
+
 Without any text, `train` and `validation` are the source files of Python's standard library.
 """
 
@@ -26,6 +28,8 @@ from .testing import SEGMENT
 
 TRAIN, VALIDATION = "train", "validation"
 HELD_OUT = 5
+# Documents that an evaluation or a test takes its text from, if they are long enough.
+DOCUMENTS = 16
 # Rows of the recall tests begin anywhere in a text of at least this many times their length.
 ROOM = 2
 
@@ -82,7 +86,8 @@ def prepare_text(plan: Plan, texts: Mapping[str, list[str]], folder: Path) -> di
     arrays: dict[str, Any] = {TRAIN: _write(tokenizer, documents[TRAIN], wanted[TRAIN], folder / "train.npy")}
     tests = [name for name in documents if name not in (TRAIN, VALIDATION)]
     held_out = wanted[VALIDATION] + (0 if tests else wanted["test"])
-    arrays[VALIDATION] = _write(tokenizer, documents[VALIDATION], held_out, folder / "validation.npy")
+    piece = 2 * max(plan.test.lengths)
+    arrays[VALIDATION] = _write(tokenizer, documents[VALIDATION], held_out, folder / "validation.npy", piece)
     _require(arrays[VALIDATION], VALIDATION, held_out)
     if not tests:
         rest = np.load(folder / "validation.npy")[wanted[VALIDATION] :]
@@ -90,7 +95,7 @@ def prepare_text(plan: Plan, texts: Mapping[str, list[str]], folder: Path) -> di
         arrays["held_out"] = _save(rest, folder / "held_out.npy")
     else:
         for name in tests:
-            arrays[name] = _write(tokenizer, documents[name], wanted["test"], folder / f"{name}.npy")
+            arrays[name] = _write(tokenizer, documents[name], wanted["test"], folder / f"{name}.npy", piece)
             _require(arrays[name], name, wanted["test"])
     arrays["tests"] = sorted(tests)
     write_json(record_path, {"request": request, "arrays": arrays})
@@ -146,16 +151,49 @@ class Chained:
         return (row["text"] for row in chain.from_iterable(self.parts))
 
 
-def _write(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], wanted: int, path: Path) -> dict[str, Any]:
-    """Tokenises documents until there are `wanted` tokens, each document ending with the end-of-text token."""
-    pieces, found = [], 0
-    for document in documents:
-        ids = tokenizer(document, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        pieces.append(np.array([*ids, tokenizer.eos_token_id], dtype=np.int32))
-        found += len(pieces[-1])
-        if found >= wanted:
+def _write(
+    tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], wanted: int, path: Path, piece: int | None = None
+) -> dict[str, Any]:
+    """Tokenises documents until there are `wanted` tokens, each document ending with the end-of-text token.
+
+    Args:
+        tokenizer: Of the study.
+        documents: The text.
+        wanted: Tokens to write.
+        path: The file.
+        piece: Take the middle of `DOCUMENTS` documents at a time, in parts that are multiples of so many tokens where
+            documents are long enough; None for whole documents.
+    """
+    pieces: list[np.ndarray] = []
+    batch: list[np.ndarray] = []
+    left = wanted
+    for document in chain(documents, [None]):
+        if document is not None:
+            ids = tokenizer(document, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+            batch.append(np.array([*ids, tokenizer.eos_token_id], dtype=np.int32))
+        if document is None or piece is None or len(batch) == DOCUMENTS:
+            taken = batch if piece is None else _middles(batch, left, piece)
+            pieces += taken
+            left -= sum(map(len, taken))
+            batch = []
+        if left <= 0:
             break
     return _save(np.concatenate(pieces)[:wanted], path)
+
+
+def _middles(documents: list[np.ndarray], wanted: int, piece: int) -> list[np.ndarray]:
+    """Returns about `wanted` tokens from the middle of documents, in equal parts where documents are long enough."""
+    parts: list[np.ndarray] = []
+    # Long documents come last, and make up for the short ones.
+    for number, ids in enumerate(sorted(documents, key=len)):
+        share = -(-wanted // (len(documents) - number))
+        share = -(-share // piece) * piece
+        start = max(0, len(ids) - share) // 2
+        parts.append(ids[start : start + share])
+        wanted -= len(parts[-1])
+        if wanted <= 0:
+            break
+    return parts
 
 
 def _save(tokens: np.ndarray, path: Path) -> dict[str, Any]:

@@ -124,6 +124,8 @@ def test_protocols_score_the_same_targets() -> None:
     fields = {"model_type": "alibi_gpt", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2}
     model = new_model(fields | {"num_attention_heads": 2, "initializer_range": 0.3}).eval()
     ids = torch.randint(3, 300, (257,))
+    # Two pieces of 128 tokens, whose second halves begin with 16 targets each.
+    targets = [*range(64, 80), *range(192, 208)]
     how = {"lengths": [16, 64], "tokens": 256, "stride": 8, "sliding_tokens": 32, "tokens_per_forward": 512}
     settings = {"test": how, "test_lengths": [16, 64], "training_length": 16, "method": "alibi"}
     from tiny import tiny_tokenizer
@@ -134,11 +136,13 @@ def test_protocols_score_the_same_targets() -> None:
             assert found[str(length)]["nats"] == pytest.approx(token_nats(model, ids, length).mean().item())
             losses = []
             # Each target by itself: its window ends at the next multiple of the stride.
-            for target in range(64, 96):
-                end = 64 + ((target - 64) // 8 + 1) * 8
+            for target in targets:
+                end = (target // 8 + 1) * 8
                 window = ids[end - length : end]
                 logits = model(window[None]).logits[0].log_softmax(-1)
                 losses.append(-logits[target - (end - length), ids[target + 1]].item())
+            same = token_nats(model, ids, length)[targets].mean().item()
+            assert found[str(length)]["same_targets"] == pytest.approx(same)
             assert found[str(length)]["sliding"] == pytest.approx(np.mean(losses), rel=1e-5)
 
 

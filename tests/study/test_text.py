@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from hf_alibi.errors import UserError
 from hf_alibi.study.plan import Plan, load_plan
-from hf_alibi.study.text import parse_texts, prepare_text
+from hf_alibi.study.text import _middles, parse_texts, prepare_text
 
 
 @pytest.fixture
@@ -57,3 +57,15 @@ def test_a_folder_with_another_text_is_refused(plan: Plan, tmp_path: Path) -> No
     plan.test.tokens = 512
     with pytest.raises(UserError, match="another version of this plan; remove it"):
         prepare_text(plan, {}, tmp_path / "text")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"), [([100, 100, 100, 100], [8, 8]), ([3, 5, 100, 100], [3, 5, 8]), ([9], [9])]
+)
+def test_tests_read_the_middle_of_several_documents(lengths: list[int], expected: list[int]) -> None:
+    documents = [np.arange(length) for length in lengths]
+    parts = _middles(documents, 16, 8)
+    assert [len(part) for part in parts] == expected
+    for part in parts:
+        before, after = part[0], next(len(ids) for ids in documents if len(ids) >= len(part)) - part[-1] - 1
+        assert abs(before - after) <= 1
