@@ -51,7 +51,8 @@ def trained(
     # Written last, so what it describes is complete.
     earlier = read_json(place / "study.json")
     if earlier is not None and (earlier["settings"], earlier["text"]) == (settings, text):
-        return AutoModelForCausalLM.from_pretrained(place).eval(), earlier["training"]
+        loaded: Any = AutoModelForCausalLM.from_pretrained(place)
+        return loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval(), earlier["training"]
     shutil.rmtree(place, ignore_errors=True)
     start = peak_mib()
     model, training = train_run(settings, folder / "text", place, parent)

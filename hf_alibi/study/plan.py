@@ -287,6 +287,8 @@ def _check(plan: Plan, where: str) -> None:
                 f"{where}: tokens_per_step {step} must be a multiple of each training length times "
                 f"gradient_accumulation_steps, and the longest of lengths a multiple of each; {length} does not fit"
             )
+    if training.evaluation_tokens < max(lengths):
+        raise UserError(f"{where} [training]: evaluation_tokens must be at least the longest training length")
     longest = max(test.lengths)
     if test.tokens % (2 * longest) or any(longest % length for length in test.lengths):
         raise UserError(

@@ -84,6 +84,7 @@ def prepare_text(plan: Plan, texts: Mapping[str, list[str]], folder: Path) -> di
     tokenizer = train_tokenizer(documents[TRAIN], wanted["vocab_size"])
     tokenizer.save_pretrained(folder / "tokenizer")
     arrays: dict[str, Any] = {TRAIN: _write(tokenizer, documents[TRAIN], wanted[TRAIN], folder / "train.npy")}
+    _require(arrays[TRAIN], TRAIN, max(plan.training.lengths))
     tests = [name for name in documents if name not in (TRAIN, VALIDATION)]
     held_out = wanted[VALIDATION] + (0 if tests else wanted["test"])
     piece = 2 * max(plan.test.lengths)

@@ -151,6 +151,35 @@ def finite(loss: float) -> float | None:
     return loss if math.isfinite(loss) else None
 
 
+def _arguments(settings: dict[str, Any], folder: Path, steps: int) -> TrainingArguments:
+    """Returns Trainer's arguments for a run of so many steps."""
+    how = settings["training"]
+    rows = how["tokens_per_step"] // how["gradient_accumulation_steps"] // settings["training_length"]
+    return TrainingArguments(
+        str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=rows,
+        per_device_eval_batch_size=rows,
+        gradient_accumulation_steps=how["gradient_accumulation_steps"],
+        train_sampling_strategy="sequential",
+        learning_rate=settings["learning_rate"],
+        lr_scheduler_type="cosine",
+        warmup_steps=round(how["warmup_fraction"] * steps),
+        weight_decay=how["weight_decay"],
+        adam_beta2=how["adam_beta2"],
+        max_grad_norm=how["max_grad_norm"],
+        bf16=how["bf16"],
+        logging_steps=max(1, steps // LOSSES),
+        eval_strategy="steps",
+        eval_steps=max(1, steps // how["evaluations"]),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        seed=settings["seed"],
+    )
+
+
 def train_run(
     settings: dict[str, Any], text: Path, folder: Path, parent: int
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -168,8 +197,6 @@ def train_run(
     """
     how, length = settings["training"], settings["training_length"]
     tokens, pairs = np.load(text / "train.npy", mmap_mode="r"), settings.get("recall", {}).get("pairs", 0)
-    # Text shorter than a chunk is read in rows.
-    chunk = how["chunk"] if len(tokens) >= how["chunk"] else length
     steps = max(1, settings["tokens"] // how["tokens_per_step"])
     total = steps * how["tokens_per_step"]
     held_out = np.load(text / "validation.npy", mmap_mode="r")[: how["evaluation_tokens"]]
@@ -177,35 +204,11 @@ def train_run(
     model = new_model(settings["config"])
     model.config.use_cache = False
     watcher = Watcher(steps, settings["points"], parent)
-    evaluated_every = max(1, steps // how["evaluations"])
-    rows = how["tokens_per_step"] // how["gradient_accumulation_steps"] // length
-    args = TrainingArguments(
-        str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=rows,
-        per_device_eval_batch_size=rows,
-        gradient_accumulation_steps=how["gradient_accumulation_steps"],
-        train_sampling_strategy="sequential",
-        learning_rate=settings["learning_rate"],
-        lr_scheduler_type="cosine",
-        warmup_steps=round(how["warmup_fraction"] * steps),
-        weight_decay=how["weight_decay"],
-        adam_beta2=how["adam_beta2"],
-        max_grad_norm=how["max_grad_norm"],
-        bf16=how["bf16"],
-        logging_steps=max(1, steps // LOSSES),
-        eval_strategy="steps",
-        eval_steps=evaluated_every,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        seed=settings["seed"],
-    )
+    args = _arguments(settings, folder, steps)
     trainer = Trainer(
         model=model,
         args=args,
-        train_dataset=Rows(tokens, length, chunk, total, settings["seed"], pairs),
+        train_dataset=Rows(tokens, length, how["chunk"], total, settings["seed"], pairs),
         eval_dataset=Rows(held_out, length, length, len(held_out) // length * length, None),
         data_collator=default_data_collator,
         callbacks=[watcher],

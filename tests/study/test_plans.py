@@ -182,6 +182,7 @@ def test_a_dry_run_lists_every_run_and_writes_nothing(tmp_path: Path, capsys: py
         ({"seeds": '"0"'}, "", r"\[training\].*seeds"),
         ({"sliding_tokens": "60"}, "", "stride times the 2 pieces of the text must divide sliding_tokens"),
         ({"sliding_tokens": "144"}, "", "sliding_tokens must be from 1 to 128"),
+        ({"evaluation_tokens": "15"}, "", "evaluation_tokens must be at least the longest training length"),
         ({"stride": "32"}, "", "stride must be at most the shortest length"),
         ({"hidden_size": "33"}, "", "impossible model.*33 does not divide into 2 heads"),
         ({"hidden_size": "32\nhiden_act = 'silu'"}, "", "impossible model.*hiden_act"),
@@ -211,6 +212,10 @@ def test_mistakes_on_the_command_line_are_named(tmp_path: Path) -> None:
         main([plan, *out, "--tables"])
     with pytest.raises(UserError, match=r"--runs alibi-L3\*: no such run"):
         main([plan, *out, "--dry_run", "--runs", "alibi-L3*"])
+    few = tmp_path / "few.txt"
+    few.write_text("a")
+    with pytest.raises(UserError, match="the text train has 2 tokens, but the plan needs 16 of it"):
+        main([plan, *out, "--text", f"train={few}", f"validation={text}"])
     short = tmp_path / "short.txt"
     short.write_text("a few words\n")
     with pytest.raises(UserError, match=r"the text short has \d+ tokens, but the plan needs 257 of it"):

@@ -89,6 +89,17 @@ def test_tables_and_plots_are_made_again_byte_for_byte(study: Study, capsys: pyt
     assert f" {2.718281828**alibi:.2f} |" in made["tables.md"].decode()
 
 
+def test_a_run_that_was_killed_after_training_is_only_tested_again(study: Study) -> None:
+    found = record(study, "sinusoidal-L16-s0")
+    (study[1] / "runs" / "sinusoidal-L16-s0.json").unlink()
+    main(study[0])
+    again = record(study, "sinusoidal-L16-s0")
+    # Even the times are those of the first process.
+    assert again["training"] == found["training"]
+    for length, result in found["tests"]["words"].items():
+        assert again["tests"]["words"][length]["sliding"] == pytest.approx(result["sliding"], rel=1e-6)
+
+
 def test_another_plan_does_not_take_the_results_for_its_own(study: Study, tmp_path: Path) -> None:
     changed = write_plan(tmp_path, tokens_per_step="128")
     with pytest.raises(
