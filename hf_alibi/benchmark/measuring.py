@@ -227,13 +227,14 @@ def _peak_resident_mib(prepare: Prepare, how: MeasuringArguments, threads: int) 
         libc.malloc_trim(0)
         # Resets the peak.
         Path("/proc/self/clear_refs").write_text("5")
-        before = _status_mib("VmRSS")
+        before = status_mib("VmRSS")
         call()
     # The peak of getrusage includes the memory of the parent process, even after exec.
-    return _status_mib("VmHWM") - before
+    return status_mib("VmHWM") - before
 
 
-def _status_mib(key: str) -> float:
+def status_mib(key: str) -> float:
+    """Returns an entry of `/proc/self/status` in MiB: `VmRSS`, or `VmHWM`, the largest so far."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024 / MIB
 

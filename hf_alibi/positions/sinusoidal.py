@@ -3,16 +3,19 @@
 Identical to AlibiGPT except:
 
 - Every slope is zero, and sinusoids of the position are added to the token embeddings.
-- Token embeddings are normed, and the sinusoids have an eighth of their size. Token embeddings grow many times over in
-  the first hundred steps. Without the norm, attention could no longer see the positions by then.
+- Token embeddings are normed, and the sinusoids have `sinusoid_scale` of their size. Token embeddings grow many times
+  over in the first hundred steps. Without the norm, attention could no longer see the positions by then.
+
+With `mimetic_init`, which is the default, these weights start differently too:
+
 - Queries and keys start with the same projection. The product of two sinusoids is largest at close positions, so
   attention prefers near tokens from the first step, as ALiBi does. Compare Trockman and Kolter, "Mimetic
   Initialization of Self-Attention Layers" (arXiv 2305.09828).
 - The gains of the query norm start at 2, which makes this preference sharp enough.
 - The output projections of the layers start with the same standard deviation as all other weights, not a smaller one.
 
-The last four help this model to learn as fast as possible. Each of them helped it in short runs, more than other
-sizes, gains and learning rates did. Gains of 2 and larger outputs made the ALiBi model worse.
+These and the small sinusoids help this model to learn as fast as possible. Each of them helped it in short runs, more
+than other sizes, gains and learning rates did. Gains of 2 and larger outputs made the ALiBi model worse.
 
 Source: Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762), section 3.5. Importing this module registers
 the model with the Auto classes as `sinusoidal_gpt`.
@@ -30,17 +33,34 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..model.modeling_alibi_gpt import AlibiGPTModel
 from .base import PositionedCausalLM, UnbiasedConfig
 
-# Root mean squares of token embeddings and sinusoids.
+# Root mean square of token embeddings.
 TOKEN_SIZE = 0.3
-SINUSOID_SIZE = TOKEN_SIZE / 8
 QUERY_GAIN = 2.0
 
 
 @strict
 class SinusoidalGPTConfig(UnbiasedConfig):
-    """Configuration of the model with sinusoidal positions."""
+    """Configuration of the model with sinusoidal positions.
+
+    Args:
+        sinusoid_scale: Root mean square of the sinusoids over that of the token embeddings, above 0.
+        mimetic_init: Whether attention starts with a preference for near tokens, see the module.
+    """
 
     model_type = "sinusoidal_gpt"
+    sinusoid_scale: int | float = 0.125
+    mimetic_init: bool = True
+
+    def validate_architecture(self) -> None:
+        """Checks what `AlibiGPTConfig` checks, and `sinusoid_scale`.
+
+        Raises:
+            ValueError: If fields contradict each other, or `sinusoid_scale` is not positive and finite. The config
+                raises it as a `StrictDataclassError`.
+        """
+        super().validate_architecture()
+        if not 0 < self.sinusoid_scale < math.inf:
+            raise ValueError(f"sinusoid_scale must be positive and finite, got {self.sinusoid_scale}.")
 
 
 def sinusoidal_embeddings(position_ids: Tensor, hidden_size: int) -> Tensor:
@@ -67,11 +87,13 @@ class SinusoidalGPTModel(AlibiGPTModel):
         """Adds the sinusoids of the positions to the normed embeddings."""
         sinusoids = sinusoidal_embeddings(positions, self.config.hidden_size)
         tokens = TOKEN_SIZE * F.rms_norm(inputs_embeds, [self.config.hidden_size])
-        return tokens + SINUSOID_SIZE * math.sqrt(2) * sinusoids.to(tokens.dtype)
+        return tokens + TOKEN_SIZE * self.config.sinusoid_scale * math.sqrt(2) * sinusoids.to(tokens.dtype)
 
     @torch.no_grad()
     def _init_weights(self, module: Any) -> None:
         super()._init_weights(module)
+        if not self.config.mimetic_init:
+            return
         for layer in self.layers:
             attention: Any = layer.self_attn
             mlp: Any = layer.mlp

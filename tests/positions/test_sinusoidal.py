@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from hf_alibi import AlibiGPTForCausalLM
+from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM
 from hf_alibi.positions.sinusoidal import SinusoidalGPTConfig, SinusoidalGPTForCausalLM, sinusoidal_embeddings
 
 SHAPE = {"vocab_size": 97, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6}
@@ -68,3 +69,30 @@ def test_loading_keeps_trained_projections(tmp_path: Path) -> None:
     loaded = SinusoidalGPTForCausalLM.from_pretrained(tmp_path)
     for name, weight in loaded.state_dict().items():
         assert torch.equal(weight, model.state_dict()[name]), name
+
+
+def test_mimetic_weights_are_an_option() -> None:
+    plain, alibi = (
+        make_config(**SHAPE, **more)
+        for make_config, more in ((SinusoidalGPTConfig, {"mimetic_init": False}), (AlibiGPTConfig, {}))
+    )
+    torch.manual_seed(0)
+    found = SinusoidalGPTForCausalLM(plain).state_dict()
+    torch.manual_seed(0)
+    for name, weight in AlibiGPTForCausalLM(alibi).state_dict().items():
+        assert torch.equal(found[name], weight), name
+
+
+@pytest.mark.parametrize("scale", [0.125, 0.5])
+def test_sinusoids_have_their_scale_of_the_tokens_size(scale: float) -> None:
+    model = SinusoidalGPTForCausalLM(SinusoidalGPTConfig(sinusoid_scale=scale, **SHAPE)).model
+    tokens = torch.randn(1, 50, 96)
+    summed = model.with_positions(tokens, torch.arange(50)[None])
+    normed = tokens * tokens.square().mean(-1, keepdim=True).rsqrt()
+    size = (summed - 0.3 * normed).square().mean().sqrt()
+    assert size.item() == pytest.approx(0.3 * scale, rel=1e-3)
+
+
+def test_a_scale_that_cannot_be_is_refused() -> None:
+    with pytest.raises(StrictDataclassError, match="sinusoid_scale must be positive and finite, got 0"):
+        SinusoidalGPTConfig(sinusoid_scale=0, **SHAPE)
