@@ -25,6 +25,20 @@ class UnbiasedConfig(AlibiGPTConfig):
         """Zero for every head: distance costs nothing."""
         return [0.0] * self.num_attention_heads
 
+    def validate_architecture(self) -> None:
+        """Checks what `AlibiGPTConfig` checks, and that nothing is said about slopes.
+
+        Raises:
+            ValueError: If fields contradict each other, or slopes are given or trained. The config raises it as a
+                `StrictDataclassError`.
+        """
+        super().validate_architecture()
+        if self.alibi_slopes is not None or self.alibi_slopes_trainable:
+            raise ValueError(
+                f"{self.model_type} has no slopes, so alibi_slopes={self.alibi_slopes} and "
+                f"alibi_slopes_trainable={self.alibi_slopes_trainable} would have no effect; leave them out."
+            )
+
 
 class PositionedCausalLM(AlibiGPTForCausalLM):
     """A language model with another position method. `decoder_class` is its decoder."""
