@@ -23,7 +23,7 @@ from .documents import Packing
 from .generation import AlibiGenerationMixin
 from .heads import QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead
 from .layers import AlibiGPTAttention, AlibiGPTDecoderLayer, SealedLayout
-from .layout import token_layout
+from .layout import TokenLayout, token_layout
 from .norms import make_norm
 from .outputs import as_asked, is_asked, selected_states
 from .paged import PagedCache, is_paged, paged_layout
@@ -35,8 +35,9 @@ from .windows import WindowGuarantee
 class AlibiGPTModel(AlibiGPTPreTrainedModel):
     """The decoder without a head, from tokens to hidden states.
 
-    Other position methods override `with_positions`, which may add to embeddings, `attention_class`, whose
-    `with_positions` may change queries and keys, or the config's `slopes`.
+    Other position methods override `with_positions`, which may add to embeddings, `with_bias`, which may put another
+    bias in place of the slopes, `attention_class`, whose `with_positions` may change queries and keys, or the config's
+    `slopes`.
     """
 
     _auto_class = "AutoModel"
@@ -126,9 +127,7 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             packing = Packing.taken_from(kwargs)
             check_arguments(kwargs, inputs_embeds.shape[1], past_key_values)
             layout = token_layout(slopes, inputs_embeds, attention_mask, position_ids, past_key_values, packing)
-        if self.config.slopes_depend_on_length:
-            slopes = interpolated_slopes(layout.slopes, self.config.training_length, layout.text_length())
-            layout = layout._replace(slopes=slopes)
+        layout = self.with_bias(layout)
         wanted_states = is_asked("output_hidden_states", kwargs, self.config)
         kwargs["output_attentions"] = is_asked("output_attentions", kwargs, self.config)
         if kwargs["output_attentions"] and not backend(self.config._attn_implementation).weights:
@@ -189,6 +188,16 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             positions: `[batch or 1, queries]`, the caller's `position_ids`, or positions in each document from 0.
         """
         return inputs_embeds
+
+    def with_bias(self, layout: TokenLayout) -> TokenLayout:
+        """Returns the layout with the bias of this pass.
+
+        ALiBi changes the slopes if they depend on the length. Other position methods override this.
+        """
+        if not self.config.slopes_depend_on_length:
+            return layout
+        slopes = interpolated_slopes(layout.slopes, self.config.training_length, layout.text_length())
+        return layout._replace(slopes=slopes)
 
     def slopes(self, like: Tensor) -> Tensor:
         """Returns the slopes `[heads]`, learned or fixed, after a linear `alibi_scaling`.

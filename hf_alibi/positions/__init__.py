@@ -1,19 +1,29 @@
 """The same decoder with other position methods, for comparison. Importing it registers all of them."""
 
+from .hype import HypeGPTConfig, HypeGPTForCausalLM
+from .kerple import KerpleGPTConfig, KerpleGPTForCausalLM
 from .learned import LearnedGPTConfig, LearnedGPTForCausalLM
 from .none import NopeGPTConfig, NopeGPTForCausalLM
 from .rotary import RotaryGPTConfig, RotaryGPTForCausalLM
 from .sinusoidal import SinusoidalGPTConfig, SinusoidalGPTForCausalLM
+from .t5 import T5GPTConfig, T5GPTForCausalLM
 
 POSITION_METHODS = (
+    HypeGPTForCausalLM,
+    KerpleGPTForCausalLM,
     LearnedGPTForCausalLM,
     NopeGPTForCausalLM,
     RotaryGPTForCausalLM,
     SinusoidalGPTForCausalLM,
+    T5GPTForCausalLM,
 )
 
 __all__ = [
     "POSITION_METHODS",
+    "HypeGPTConfig",
+    "HypeGPTForCausalLM",
+    "KerpleGPTConfig",
+    "KerpleGPTForCausalLM",
     "LearnedGPTConfig",
     "LearnedGPTForCausalLM",
     "NopeGPTConfig",
@@ -22,4 +32,6 @@ __all__ = [
     "RotaryGPTForCausalLM",
     "SinusoidalGPTConfig",
     "SinusoidalGPTForCausalLM",
+    "T5GPTConfig",
+    "T5GPTForCausalLM",
 ]

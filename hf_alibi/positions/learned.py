@@ -14,6 +14,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ..model.configuration_alibi_gpt import AlibiGPTConfig
 from ..model.modeling_alibi_gpt import AlibiGPTModel
 from ..model.recording import is_recorded
 from .base import PositionedCausalLM, UnbiasedConfig
@@ -41,7 +42,7 @@ class LearnedGPTModel(AlibiGPTModel):
 
     config: LearnedGPTConfig
 
-    def __init__(self, config: LearnedGPTConfig) -> None:
+    def __init__(self, config: AlibiGPTConfig) -> None:
         super().__init__(config)
         self.position_embeddings = nn.Embedding(config.training_length, config.hidden_size)
 

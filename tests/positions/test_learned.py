@@ -37,7 +37,7 @@ def shape_of(model: LearnedGPTForCausalLM) -> dict[str, Any]:
 
 def test_positions_beyond_the_table_are_refused(model: LearnedGPTForCausalLM) -> None:
     input_ids = torch.randint(3, 97, (1, LENGTH + 1))
-    with pytest.raises(ValueError, match="positions 0 to 23, its training length, but .* positions from 0 to 24"):
+    with pytest.raises(ValueError, match=r"positions 0 to 23, its training length, but .* positions from 0 to 24"):
         model(input_ids)
     cache = DynamicCache(config=model.config)
     model(input_ids[:, :-1], past_key_values=cache)

@@ -20,6 +20,9 @@ ADDED: dict[str, set[str]] = {
     "rotary_gpt": set(),
     "nope_gpt": set(),
     "learned_gpt": {"model.position_embeddings.weight"},
+    "t5_gpt": {"model.distance_bias.table"},
+    "kerple_gpt": {"model.distance_bias.log_r1", "model.distance_bias.log_r2"},
+    "hype_gpt": {"model.distance_bias.log_tau", "model.distance_bias.log_mu"},
 }
 METHODS = list(ADDED)
 SHAPE = {"vocab_size": 97, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6}
