@@ -88,3 +88,17 @@ def backend(attn_implementation: str) -> Backend:
             f"and would drop the bias; choose one of {', '.join(BACKENDS)}."
         )
     return BACKENDS[attn_implementation]
+
+
+def check_any_bias(attn_implementation: str) -> None:
+    """Checks that this backend accepts a bias that is not linear in the distance.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if not backend(attn_implementation).any_bias:
+        others = ", ".join(name for name, other in BACKENDS.items() if other.any_bias)
+        raise ValueError(
+            f"{attn_implementation} computes linear biases only, but this model's bias is not linear in the distance; "
+            f"choose one of {others}."
+        )

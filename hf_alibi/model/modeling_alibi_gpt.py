@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .alibi import interpolated_slopes
 from .arguments import check_arguments
-from .attention import backend
+from .attention import backend, check_any_bias
 from .cache import WindowedCache
 from .cache_names import CACHE_NAME, only_cache
 from .configuration_alibi_gpt import AlibiGPTConfig
@@ -36,12 +36,13 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
     """The decoder without a head, from tokens to hidden states.
 
     Other position methods override `with_positions`, which may add to embeddings, `with_bias`, which may put another
-    bias in place of the slopes, `attention_class`, whose `with_positions` may change queries and keys, or the config's
-    `slopes`.
+    bias in place of the slopes, `attention_class`, whose methods may change queries and keys, or the config's
+    `slopes`. They set `has_linear_bias` to False if their bias is not linear in the distance.
     """
 
     _auto_class = "AutoModel"
     attention_class = AlibiGPTAttention
+    has_linear_bias = True
 
     def __init__(self, config: AlibiGPTConfig) -> None:
         super().__init__(config)
@@ -128,6 +129,8 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             check_arguments(kwargs, inputs_embeds.shape[1], past_key_values)
             layout = token_layout(slopes, inputs_embeds, attention_mask, position_ids, past_key_values, packing)
         layout = self.with_bias(layout)
+        if not self.has_linear_bias:
+            check_any_bias(self.config._attn_implementation)
         wanted_states = is_asked("output_hidden_states", kwargs, self.config)
         kwargs["output_attentions"] = is_asked("output_attentions", kwargs, self.config)
         if kwargs["output_attentions"] and not backend(self.config._attn_implementation).weights:

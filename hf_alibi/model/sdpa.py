@@ -81,8 +81,6 @@ def _masked(inputs: AttentionInputs, layout: TokenLayout) -> Tensor:
 
 def _windowed(query: Tensor, held: list[HeldKeys], layout: TokenLayout, scaling: float) -> Tensor:
     """Computes attention for each group of heads with its own keys; returns `[batch, queries, heads, head_dim]`."""
-    if layout.slopes.dim() == 2:
-        raise ValueError("A WindowedCache needs a linear bias, which alone gives windows; pass a DynamicCache.")
     output = torch.empty_like(query.transpose(1, 2))
     for group in held:
         ring = group.ring

@@ -1,5 +1,6 @@
 """The same decoder with other position methods, for comparison. Importing it registers all of them."""
 
+from .fox import FoxGPTConfig, FoxGPTForCausalLM
 from .hype import HypeGPTConfig, HypeGPTForCausalLM
 from .kerple import KerpleGPTConfig, KerpleGPTForCausalLM
 from .learned import LearnedGPTConfig, LearnedGPTForCausalLM
@@ -9,6 +10,7 @@ from .sinusoidal import SinusoidalGPTConfig, SinusoidalGPTForCausalLM
 from .t5 import T5GPTConfig, T5GPTForCausalLM
 
 POSITION_METHODS = (
+    FoxGPTForCausalLM,
     HypeGPTForCausalLM,
     KerpleGPTForCausalLM,
     LearnedGPTForCausalLM,
@@ -20,6 +22,8 @@ POSITION_METHODS = (
 
 __all__ = [
     "POSITION_METHODS",
+    "FoxGPTConfig",
+    "FoxGPTForCausalLM",
     "HypeGPTConfig",
     "HypeGPTForCausalLM",
     "KerpleGPTConfig",

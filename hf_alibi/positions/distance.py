@@ -16,7 +16,6 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
-from ..model.attention import BACKENDS, backend
 from ..model.configuration_alibi_gpt import AlibiGPTConfig
 from ..model.layout import TokenLayout
 from ..model.modeling_alibi_gpt import AlibiGPTModel
@@ -89,6 +88,7 @@ class DistanceGPTModel(AlibiGPTModel):
     """A decoder whose bias is of the class `bias_class`."""
 
     bias_class: type[DistanceBias]
+    has_linear_bias = False
     _keep_in_fp32_modules_strict = ["distance_bias"]
 
     def __init__(self, config: AlibiGPTConfig) -> None:
@@ -96,17 +96,7 @@ class DistanceGPTModel(AlibiGPTModel):
         self.distance_bias = self.bias_class(config)
 
     def with_bias(self, layout: TokenLayout) -> TokenLayout:
-        """Returns the layout with the bias at all distances of this pass.
-
-        Raises:
-            ValueError: If the backend computes linear biases only.
-        """
-        if not backend(self.config._attn_implementation).any_bias:
-            others = ", ".join(name for name, other in BACKENDS.items() if other.any_bias)
-            raise ValueError(
-                f"{self.config._attn_implementation} computes linear biases only, but that of "
-                f"{self.config.model_type} is not linear; choose one of {others}."
-            )
+        """Returns the layout with the bias at all distances of this pass."""
         distances = torch.arange(layout.num_distances(), device=layout.slopes.device)
         return layout._replace(slopes=self.distance_bias(distances).to(layout.slopes))
 

@@ -23,14 +23,20 @@ ADDED: dict[str, set[str]] = {
     "t5_gpt": {"model.distance_bias.table"},
     "kerple_gpt": {"model.distance_bias.log_r1", "model.distance_bias.log_r2"},
     "hype_gpt": {"model.distance_bias.log_tau", "model.distance_bias.log_mu"},
+    "fox_gpt": {f"model.layers.{i}.self_attn.forget_proj.{name}" for i in (0, 1) for name in ("weight", "bias")},
 }
 METHODS = list(ADDED)
+# ALiBi with trained slopes is a method of its own in comparisons.
+TRAINED_SLOPES = "alibi_gpt"
+ADDED[TRAINED_SLOPES] = {"model.bias_log_slopes"}
 SHAPE = {"vocab_size": 97, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6}
 
 
 def make(model_type: str, **fields: Any) -> AlibiGPTForCausalLM:
     torch.manual_seed(0)
     shape: dict[str, Any] = {"initializer_range": 0.2, "num_key_value_heads": 3, "training_length": 1200} | SHAPE
+    if model_type == TRAINED_SLOPES:
+        shape["alibi_slopes_trainable"] = True
     config = AutoConfig.for_model(model_type, **(shape | fields))
     return AutoModelForCausalLM.from_config(config).eval()
 
@@ -51,7 +57,7 @@ def test_its_parameters_are_those_of_alibi(model_type: str) -> None:
     assert expected.items() <= found.items()
 
 
-@pytest.mark.parametrize("model_type", [name for name in METHODS if name != "sinusoidal_gpt"])
+@pytest.mark.parametrize("model_type", [name for name in METHODS if name not in ("sinusoidal_gpt", "fox_gpt")])
 def test_its_first_weights_are_those_of_alibi(model_type: str) -> None:
     torch.manual_seed(0)
     alibi = AlibiGPTForCausalLM(AlibiGPTConfig(initializer_range=0.2, num_key_value_heads=3, **SHAPE))
@@ -62,7 +68,7 @@ def test_its_first_weights_are_those_of_alibi(model_type: str) -> None:
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("length", [63, 1100])
-@pytest.mark.parametrize("model_type", METHODS)
+@pytest.mark.parametrize("model_type", [*METHODS, TRAINED_SLOPES])
 def test_cached_logits_equal_the_full_forward(model_type: str, length: int, implementation: str) -> None:
     model = make(model_type)
     model.set_attn_implementation(implementation)
@@ -73,7 +79,7 @@ def test_cached_logits_equal_the_full_forward(model_type: str, length: int, impl
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("model_type", METHODS)
+@pytest.mark.parametrize("model_type", [*METHODS, TRAINED_SLOPES])
 def test_padding_changes_nothing(model_type: str, side: str) -> None:
     model, input_ids = make(model_type), tokens(1, 20)
     room = (7, 0) if side == "left" else (0, 7)
@@ -83,7 +89,7 @@ def test_padding_changes_nothing(model_type: str, side: str) -> None:
     assert_equal_logits(found, model(input_ids).logits)
 
 
-@pytest.mark.parametrize("model_type", METHODS)
+@pytest.mark.parametrize("model_type", [*METHODS, TRAINED_SLOPES])
 def test_packed_documents_are_read_alone(model_type: str) -> None:
     model, input_ids = make(model_type), tokens(1, 30)
     positions = torch.cat([torch.arange(12), torch.arange(18)])[None]
@@ -101,7 +107,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("model_type", METHODS)
+@pytest.mark.parametrize("model_type", [*METHODS, TRAINED_SLOPES])
 def test_generation_is_the_same_without_a_cache(model_type: str, way: str) -> None:
     model, input_ids = make(model_type), tokens(2, 11)
     mask = torch.ones_like(input_ids)
@@ -113,7 +119,7 @@ def test_generation_is_the_same_without_a_cache(model_type: str, way: str) -> No
     assert torch.equal(model.generate(input_ids, **options), expected)
 
 
-@pytest.mark.parametrize("model_type", METHODS)
+@pytest.mark.parametrize("model_type", [*METHODS, TRAINED_SLOPES])
 def test_prompt_lookup_takes_wrong_guesses_back(model_type: str) -> None:
     model, input_ids = make(model_type), tokens(1, 11).repeat(1, 2)
     options: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "attention_mask": torch.ones_like(input_ids)}
@@ -121,7 +127,7 @@ def test_prompt_lookup_takes_wrong_guesses_back(model_type: str) -> None:
     assert torch.equal(model.generate(input_ids, prompt_lookup_num_tokens=3, **options), expected)
 
 
-@pytest.mark.parametrize("model_type", METHODS)
+@pytest.mark.parametrize("model_type", [*METHODS, TRAINED_SLOPES])
 def test_it_learns_with_trainer_and_loads_as_it_was_saved(model_type: str, tmp_path: Path) -> None:
     model = make(model_type, initializer_range=0.02, tie_word_embeddings=False)
     rows = [{"input_ids": row, "labels": row} for row in tokens(4, 24)]
