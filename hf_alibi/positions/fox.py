@@ -127,6 +127,9 @@ class FoxGPTForCausalLM(PositionedCausalLM):
     config: FoxGPTConfig
     decoder_class = FoxGPTModel
 
+    def _get_static_cache_init_shape(self) -> None:
+        """Leaves the shape of a static cache to the first keys, which have columns for gates."""
+
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refuses continuous batching, whose cache has no room for gates.
 

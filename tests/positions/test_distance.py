@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from layouts import TEXTS
 from torch import Tensor
 from torch.func import functional_call, grad, jvp
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig
 from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.trainer_pt_utils import get_parameter_names
 
@@ -234,6 +234,21 @@ def test_whatever_needs_a_linear_bias_is_refused(model_type: str) -> None:
     model.set_attn_implementation("flex_attention")
     with pytest.raises(ValueError, match="flex_attention computes linear biases only"):
         model(input_ids)
+
+
+@each_backend
+@each_method
+def test_continuous_batching_gives_the_tokens_of_generate(model_type: str, backend: str) -> None:
+    model = make(model_type)
+    model.set_attn_implementation(backend)
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+    prompts = [tokens(1, length) for length in (5, 150, 33)]
+    settings = ContinuousBatchingConfig(num_blocks=40, page_size=16, max_batch_tokens=64)
+    outputs = model.generate_batch(
+        [prompt[0].tolist() for prompt in prompts], max_new_tokens=8, continuous_batching_config=settings
+    )
+    for prompt, output in zip(prompts, outputs.values(), strict=True):
+        assert output.generated_tokens == model.generate(prompt, **options)[0, prompt.shape[1] :].tolist()
 
 
 @each_method

@@ -103,6 +103,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "beams": {"num_beams": 3},
     "beams-static": {"num_beams": 3, "cache_implementation": "static"},
     "chunks": {"prefill_chunk_size": 4},
+    "chunks-static": {"prefill_chunk_size": 4, "cache_implementation": "static"},
 }
 
 
