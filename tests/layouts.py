@@ -1,5 +1,7 @@
 """Layouts of tokens for the tests of attention: whole texts, padding, documents, the end of a cache."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -36,3 +38,25 @@ def same_document(position_ids: Tensor) -> Tensor:
     """Returns whether two tokens belong to the same document, `[batch, tokens, tokens]`."""
     document = (position_ids == 0).cumsum(1)
     return document[:, :, None] == document[:, None, :]
+
+
+# For two rows of n tokens, more than 40: the arguments of a model, and the row and columns of every text in them.
+TEXTS: dict[str, tuple[Callable[[int], dict[str, Tensor]], Callable[[int], list[tuple[int, Tensor]]]]] = {
+    "whole": (lambda n: {}, lambda n: [(0, torch.arange(n)), (1, torch.arange(n))]),
+    "left": (
+        lambda n: {"attention_mask": (torch.arange(n) >= torch.tensor([[0], [9]])).long()},
+        lambda n: [(0, torch.arange(n)), (1, torch.arange(9, n))],
+    ),
+    "right": (
+        lambda n: {"attention_mask": (torch.arange(n) < n - torch.tensor([[0], [9]])).long()},
+        lambda n: [(0, torch.arange(n)), (1, torch.arange(n - 9))],
+    ),
+    "hole": (
+        lambda n: {"attention_mask": torch.stack([torch.ones(n), (torch.arange(n) - 20).abs() > 4]).long()},
+        lambda n: [(0, torch.arange(n)), (1, torch.cat([torch.arange(16), torch.arange(25, n)]))],
+    ),
+    "documents": (
+        lambda n: {"position_ids": torch.cat([torch.arange(40), torch.arange(n - 40)])[None].repeat(2, 1)},
+        lambda n: [(row, part) for row in (0, 1) for part in (torch.arange(40), torch.arange(40, n))],
+    ),
+}

@@ -25,7 +25,7 @@ from transformers.utils.import_utils import is_serve_available
 from ..errors import UserError
 from ..hub.checkpoints import LOADING_ERRORS, available_device, check_vocabulary, load_config, load_tokenizer
 from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM
-from ..positions import NopeGPTForCausalLM, RotaryGPTForCausalLM, SinusoidalGPTForCausalLM
+from ..positions import POSITION_METHODS
 
 # Click's exception for a wrong command line. Newer versions of Typer contain Click under another module name.
 UsageError: Any = typer.BadParameter.__base__
@@ -33,7 +33,7 @@ UsageError: Any = typer.BadParameter.__base__
 # Options for other routes than chat and completions, or for several models.
 NOT_OPTIONS = {"decision_config", "model_timeout", "non_blocking", "reasoning"}
 
-MODELS = (AlibiGPTForCausalLM, NopeGPTForCausalLM, RotaryGPTForCausalLM, SinusoidalGPTForCausalLM)
+MODELS = (AlibiGPTForCausalLM, *POSITION_METHODS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -84,7 +84,8 @@ class ModelArguments:
     model_type: str = field(
         default="alibi_gpt",
         metadata={
-            "help": "Architecture: alibi_gpt, or the same with other positions: sinusoidal_gpt, rotary_gpt, nope_gpt."
+            "help": "Architecture: alibi_gpt, or the same with other positions: fox_gpt, hype_gpt, "
+            "kerple_gpt, learned_gpt, nope_gpt, rotary_gpt, sinusoidal_gpt, t5_gpt."
         },
     )
     config_overrides: str = field(

@@ -13,6 +13,7 @@ Extrapolation", ICLR 2022 (arXiv 2108.12409), section 3.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -67,7 +68,7 @@ def alibi_bias(slopes: Tensor, query_positions: Tensor, key_positions: Tensor) -
     relative form has small values near the diagonal, where rounding matters most.
 
     Args:
-        slopes: `[heads]`, floating point; its dtype is the result's.
+        slopes: `[heads]`, floating point; its dtype is the result's. Or `[heads, distances]`, any bias by distance.
         query_positions: `[batch, queries]` or `[1, queries]`, integers.
         key_positions: `[batch, keys]` or `[1, keys]`, integers.
 
@@ -75,6 +76,8 @@ def alibi_bias(slopes: Tensor, query_positions: Tensor, key_positions: Tensor) -
         `[batch, heads, queries, keys]`. Keys after the query get the symmetric value; the caller masks them.
     """
     distance = (query_positions[:, None, :, None] - key_positions[:, None, None, :]).abs()
+    if slopes.dim() == 2:
+        return slopes[:, distance[:, 0]].transpose(0, 1)
     return -slopes[:, None, None] * distance
 
 
@@ -82,13 +85,15 @@ def causal_line(slopes: Tensor, behind: int, ahead: int) -> Tensor:
     """Returns the causal bias by offset j - i. Every row of the bias matrix is a part of this line.
 
     Args:
-        slopes: `[heads]`, floating point; its dtype is the result's.
+        slopes: `[heads]`, floating point; its dtype is the result's. Or `[heads, distances]`, any bias by distance.
         behind: Largest distance into the past.
         ahead: Largest distance into the future.
 
     Returns:
         `[heads, behind + 1 + ahead]`: -m (i - j) for the offsets -behind..0, and -inf for 1..ahead.
     """
+    if slopes.dim() == 2:
+        return F.pad(slopes.narrow(1, 0, behind + 1).flip(1), (0, ahead), value=-torch.inf)
     offsets = torch.arange(-behind, ahead + 1, device=slopes.device)
     return torch.where(offsets <= 0, slopes[:, None] * offsets, -torch.inf)
 

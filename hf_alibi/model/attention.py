@@ -7,7 +7,7 @@ implementations would drop the bias.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .eager import eager_attention_forward
 from .flash import flash_attention_2_forward
@@ -26,6 +26,7 @@ class Backend(NamedTuple):
         gradients: The devices on which it has a backward pass.
         weights: Whether it returns attention weights.
         paged: Whether continuous batching can use it.
+        any_bias: Whether it accepts a bias that is not linear in the distance.
     """
 
     forward: Callable
@@ -35,10 +36,13 @@ class Backend(NamedTuple):
     gradients: str
     weights: bool
     paged: bool
+    any_bias: bool
 
 
-_EAGER = Backend(eager_attention_forward, "all", "all", masks=True, gradients="everywhere", weights=True, paged=True)
-_SDPA = Backend(sdpa_attention_forward, "all", "all", masks=True, gradients="everywhere", weights=False, paged=True)
+_EVERYTHING: dict[str, Any] = {"devices": "all", "dtypes": "all", "masks": True, "gradients": "everywhere"}
+_EVERYTHING |= {"paged": True, "any_bias": True}
+_EAGER = Backend(eager_attention_forward, weights=True, **_EVERYTHING)
+_SDPA = Backend(sdpa_attention_forward, weights=False, **_EVERYTHING)
 _FLEX = Backend(
     flex_attention_forward,
     "CPU with a C++ compiler, GPU",
@@ -47,6 +51,7 @@ _FLEX = Backend(
     gradients="GPU",
     weights=False,
     paged=False,
+    any_bias=False,
 )
 _FLASH = Backend(
     flash_attention_2_forward,
@@ -56,6 +61,7 @@ _FLASH = Backend(
     gradients="everywhere, but not for slopes",
     weights=False,
     paged=False,
+    any_bias=False,
 )
 
 BACKENDS = {
@@ -82,3 +88,17 @@ def backend(attn_implementation: str) -> Backend:
             f"and would drop the bias; choose one of {', '.join(BACKENDS)}."
         )
     return BACKENDS[attn_implementation]
+
+
+def check_any_bias(attn_implementation: str) -> None:
+    """Checks that this backend accepts a bias that is not linear in the distance.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if not backend(attn_implementation).any_bias:
+        others = ", ".join(name for name, other in BACKENDS.items() if other.any_bias)
+        raise ValueError(
+            f"{attn_implementation} computes linear biases only, but this model's bias is not linear in the distance; "
+            f"choose one of {others}."
+        )

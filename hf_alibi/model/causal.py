@@ -24,6 +24,7 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .alibi import causal_line
+from .distance_gradient import backward_by_distance
 from .inputs import AttentionInputs
 from .private_torch import CPU_FLASH, CPU_FLASH_BACKWARD, TRANSFORMS_ARE_ACTIVE, has_own_operator
 from .recording import is_compiled
@@ -212,7 +213,7 @@ def attention_in_tiles_backward(
         query: As in the forward pass, like the next five arguments.
         key: See `query`.
         value: See `query`.
-        slopes: See `query`.
+        slopes: See `query`. Of `[heads, distances]`, every number has a gradient.
         windows: See `query`.
         output: The first result of the forward pass.
         logsumexp: The second result of the forward pass.
@@ -220,6 +221,10 @@ def attention_in_tiles_backward(
         of_slopes: Whether to compute the gradient of the slopes. It is 0 otherwise.
     """
     grad_output, query, key, value = (_with_dense_rows(states) for states in (grad_output, query, key, value))
+    if of_slopes and slopes.dim() == 2:
+        line = _line(query, key, slopes)
+        grads = backward_by_distance(grad_output, query, key, value, line, output, logsumexp, scaling)
+        return *grads[:3], F.pad(grads[3], (0, slopes.shape[1] - key.shape[2]))
     reverse = _line(query, key, slopes).flip(1)
     # Tiles add to the gradients of queries, so these are summed in high precision. Each key is in one tile only.
     grad_query = torch.zeros_like(query, dtype=slopes.dtype)

@@ -39,13 +39,15 @@ def check_windowed_cache(decoder: Any, cache: WindowedCache) -> None:
     """Checks that the model can use this cache.
 
     Raises:
-        ValueError: If the backend cannot read it, if the model is being exported, or if the weights or modules from
-            which its windows were computed have changed.
+        ValueError: If the backend cannot read it, if the bias is not linear, if the model is being exported, or if the
+            weights or modules from which its windows were computed have changed.
     """
     if decoder.config._attn_implementation != "sdpa":
         raise ValueError(
             f"Only sdpa can read a WindowedCache, not {decoder.config._attn_implementation}; pass a DynamicCache."
         )
+    if not decoder.has_linear_bias:
+        raise ValueError("A WindowedCache needs a linear bias, which alone gives windows; pass a DynamicCache.")
     if is_exported():
         raise ValueError(
             "An exported program would fix the WindowedCache at its current length; pass a DynamicCache, or set "

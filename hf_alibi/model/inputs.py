@@ -27,7 +27,7 @@ class AttentionInputs(NamedTuple):
         query: `[batch, heads, queries, head_dim]`.
         key: `[batch, key_value_heads, keys, head_dim]`.
         value: `[batch, key_value_heads, keys, head_dim]`.
-        slopes: `[heads]`, in nats per token.
+        slopes: `[heads]`, in nats per token, or `[heads, distances]` as in `TokenLayout.slopes`.
         scaling: Factor of the scores before the bias is added.
         dropout: Probability of dropping an attention weight.
         windows: `[heads]`, the distance that each query head sees; `None` for no limit.
@@ -68,7 +68,8 @@ class AttentionInputs(NamedTuple):
         """
         query, key = self.query, self.key
         is_worth_it = has_any_length(query, key) or (key.shape[2] > FEW_KEYS and query.shape[2] >= QUERY_BLOCK)
-        if not tolerance or not is_worth_it:
+        # Only a linear bias gives windows.
+        if not tolerance or not is_worth_it or self.slopes.dim() == 2:
             return self
         return self._replace(windows=head_windows(self.slopes, norm_bounds(query, key, self.scaling), tolerance))
 
@@ -100,13 +101,13 @@ def attention_inputs(
 
 
 def local_slopes(module: Any, slopes: Tensor, query: Tensor) -> Tensor:
-    """Returns the slopes of the query heads in `query`, `[local heads]`, on the device of `query`.
+    """Returns the slopes of the query heads in `query`, `[local heads, ...]`, on the device of `query`.
 
     These are all heads, or with tensor parallelism those of this rank.
 
     Args:
         module: The attention module. With tensor parallelism, its `q_proj` has the device mesh.
-        slopes: `[heads]`, the slopes of all query heads.
+        slopes: `[heads, ...]`, as in `TokenLayout.slopes`.
         query: `[batch, local heads, queries, head_dim]`.
     """
     num_heads, slopes = query.shape[1], slopes.to(query.device)

@@ -77,32 +77,44 @@ class AlibiGPTAttention(nn.Module):
         query = self.q_norm(query.view(head_shape)).transpose(1, 2)
         key = self.k_norm(key.view(head_shape)).transpose(1, 2)
         value = value.view(head_shape).transpose(1, 2)
-        query, key = self.with_positions(query, key, attention_mask.layout)
+        query, key = self.with_positions(query, key, hidden_states, attention_mask.layout)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-
-        attention = backend(self.config._attn_implementation).forward
-        output, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask.layout,
-            scaling=self.scaling,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            **kwargs,
-        )
+        output, weights = self.attend(query, key, value, attention_mask.layout, self.scaling, **kwargs)
         return self.o_proj(output.reshape(*input_shape, -1)), weights
 
-    def with_positions(self, query: Tensor, key: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+    def with_positions(
+        self, query: Tensor, key: Tensor, hidden_states: Tensor, layout: TokenLayout
+    ) -> tuple[Tensor, Tensor]:
         """Applies positions to queries and keys. ALiBi returns them unchanged; other position methods override this.
 
         Args:
             query: `[batch, heads, queries, head_dim]`.
             key: `[batch, key_value_heads, queries, head_dim]`, the new keys, before they are cached.
+            hidden_states: `[batch, queries, hidden_size]`, the input of the attention.
             layout: Positions of the tokens.
         """
         return query, key
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scaling: float, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Calls the backend. Other position methods may override this.
+
+        Args:
+            query: `[batch, heads, queries, head_dim]`.
+            key: `[batch, key_value_heads, keys, head_dim]`, cached keys included.
+            value: `[batch, key_value_heads, keys, head_dim]`.
+            layout: Positions and visibility of the tokens.
+            scaling: Factor of the scores before the bias is added.
+            kwargs: Passed on to the backend.
+
+        Returns:
+            The output `[batch, queries, heads, head_dim]`, and with `eager` the attention weights, otherwise `None`.
+        """
+        dropout = self.config.attention_dropout if self.training else 0.0
+        attention = backend(self.config._attn_implementation).forward
+        return attention(self, query, key, value, layout, scaling=scaling, dropout=dropout, **kwargs)
 
     def known_gains(self) -> tuple[Tensor, Tensor] | None:
         """Returns the QK-norm gains of queries and keys, each `[head_dim]`, or `None` if they do not bound all scores.

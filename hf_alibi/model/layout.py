@@ -43,7 +43,8 @@ class TokenLayout(NamedTuple):
     """Positions and visibility of the queries and keys of a forward pass.
 
     Attributes:
-        slopes: `[heads]`, the slopes of all query heads.
+        slopes: `[heads]`, the slopes of all query heads. Position methods whose bias is not linear put
+            `[heads, distances]` here, the bias of every head at the distances 0, 1, 2 and so on.
         queries: `[batch or 1, queries]`, positions.
         keys: `[batch or 1, keys]`, positions.
         shared: Results that are computed once for all layers.
@@ -101,6 +102,14 @@ class TokenLayout(NamedTuple):
         caller, the length follows from the positions.
         """
         return self.positions().max() + 1
+
+    def num_distances(self) -> int:
+        """Returns a number that exceeds the distance of every query from every key that it may see."""
+        if self.mask is None or is_recorded():
+            return self.keys.shape[1]
+        # The caller's positions may be further apart than there are keys.
+        (first_query, last_query), (first_key, last_key) = self.queries.aminmax(), self.keys.aminmax()
+        return int(torch.maximum(last_query - first_key, last_key - first_query)) + 1
 
     def clear_from(self) -> int:
         """Returns the index of the first key from which on only the future is hidden."""

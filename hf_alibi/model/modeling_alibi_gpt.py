@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .alibi import interpolated_slopes
 from .arguments import check_arguments
-from .attention import backend
+from .attention import backend, check_any_bias
 from .cache import WindowedCache
 from .cache_names import CACHE_NAME, only_cache
 from .configuration_alibi_gpt import AlibiGPTConfig
@@ -23,7 +23,7 @@ from .documents import Packing
 from .generation import AlibiGenerationMixin
 from .heads import QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead
 from .layers import AlibiGPTAttention, AlibiGPTDecoderLayer, SealedLayout
-from .layout import token_layout
+from .layout import TokenLayout, token_layout
 from .norms import make_norm
 from .outputs import as_asked, is_asked, selected_states
 from .paged import PagedCache, is_paged, paged_layout
@@ -35,12 +35,14 @@ from .windows import WindowGuarantee
 class AlibiGPTModel(AlibiGPTPreTrainedModel):
     """The decoder without a head, from tokens to hidden states.
 
-    Other position methods override `with_positions`, which may add to embeddings, `attention_class`, whose
-    `with_positions` may change queries and keys, or the config's `slopes`.
+    Other position methods override `with_positions`, which may add to embeddings, `with_bias`, which may put another
+    bias in place of the slopes, `attention_class`, whose methods may change queries and keys, or the config's
+    `slopes`. They set `has_linear_bias` to False if their bias is not linear in the distance.
     """
 
     _auto_class = "AutoModel"
     attention_class = AlibiGPTAttention
+    has_linear_bias = True
 
     def __init__(self, config: AlibiGPTConfig) -> None:
         super().__init__(config)
@@ -126,9 +128,9 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             packing = Packing.taken_from(kwargs)
             check_arguments(kwargs, inputs_embeds.shape[1], past_key_values)
             layout = token_layout(slopes, inputs_embeds, attention_mask, position_ids, past_key_values, packing)
-        if self.config.slopes_depend_on_length:
-            slopes = interpolated_slopes(layout.slopes, self.config.training_length, layout.text_length())
-            layout = layout._replace(slopes=slopes)
+        layout = self.with_bias(layout)
+        if not self.has_linear_bias:
+            check_any_bias(self.config._attn_implementation)
         wanted_states = is_asked("output_hidden_states", kwargs, self.config)
         kwargs["output_attentions"] = is_asked("output_attentions", kwargs, self.config)
         if kwargs["output_attentions"] and not backend(self.config._attn_implementation).weights:
@@ -189,6 +191,16 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             positions: `[batch or 1, queries]`, the caller's `position_ids`, or positions in each document from 0.
         """
         return inputs_embeds
+
+    def with_bias(self, layout: TokenLayout) -> TokenLayout:
+        """Returns the layout with the bias of this pass.
+
+        ALiBi changes the slopes if they depend on the length. Other position methods override this.
+        """
+        if not self.config.slopes_depend_on_length:
+            return layout
+        slopes = interpolated_slopes(layout.slopes, self.config.training_length, layout.text_length())
+        return layout._replace(slopes=slopes)
 
     def slopes(self, like: Tensor) -> Tensor:
         """Returns the slopes `[heads]`, learned or fixed, after a linear `alibi_scaling`.

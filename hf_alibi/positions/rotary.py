@@ -65,7 +65,9 @@ def rotated(states: Tensor, positions: Tensor) -> Tensor:
 class RotaryGPTAttention(AlibiGPTAttention):
     """Attention with rotated queries and keys."""
 
-    def with_positions(self, query: Tensor, key: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+    def with_positions(
+        self, query: Tensor, key: Tensor, hidden_states: Tensor, layout: TokenLayout
+    ) -> tuple[Tensor, Tensor]:
         """Rotates queries and keys by their positions in their documents."""
         positions = layout.positions()
         return rotated(query, positions), rotated(key, positions)

@@ -4,12 +4,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import ModelFactory
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM
+from hf_alibi.positions import FoxGPTConfig, KerpleGPTConfig
 
 PROGRAM = """
 import sys
@@ -19,7 +23,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DistributedConfig
 
-import hf_alibi
+import hf_alibi.positions
 
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], distributed_config=DistributedConfig(tp_size=2))
 assert model.model.layers[0].self_attn.q_proj.weight.to_local().shape[0] == 48
@@ -113,6 +117,19 @@ def test_two_ranks_compute_what_one_does(
 ) -> None:
     shape = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "clip_qkv": 1.0}
     model = make_model(alibi_slopes_trainable=trainable, mlp_gated=True, mlp_bias=True, hidden_act="silu", **shape)
+    check_two_ranks(model, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config_class", [KerpleGPTConfig, FoxGPTConfig])
+def test_two_ranks_have_the_biases_of_their_heads(config_class: type[AlibiGPTConfig], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"vocab_size": 97, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6}
+    config = config_class(initializer_range=0.2, num_key_value_heads=2, **shape)
+    check_two_ranks(AutoModelForCausalLM.from_config(config).eval(), tmp_path)
+
+
+def check_two_ranks(model: AlibiGPTForCausalLM, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     parallel = in_two_processes(PROGRAM, tmp_path)
     input_ids = torch.arange(3, 63)[None]
