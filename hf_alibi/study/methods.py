@@ -31,8 +31,13 @@ METHODS = {
     "alibi": Method("alibi_gpt", "ALiBi"),
     "sinusoidal": Method("sinusoidal_gpt", "sinusoidal"),
     "rotary": Method("rotary_gpt", "rotary"),
+    "t5": Method("t5_gpt", "T5 bias"),
     "none": Method("nope_gpt", "none (NoPE)"),
     "alibi_learned": Method("alibi_gpt", "ALiBi, learned slopes", {"alibi_slopes_trainable": True}),
+    "learned": Method("learned_gpt", "learned"),
+    "kerple": Method("kerple_gpt", "KERPLE"),
+    "hype": Method("hype_gpt", "HyPE"),
+    "fox": Method("fox_gpt", "FoX"),
 }
 
 
