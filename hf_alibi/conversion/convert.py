@@ -89,6 +89,7 @@ def convert(
         if isinstance(config, AlibiGPTConfig) and config.slopes_depend_on_length:
             # Beyond the training length, a text in pieces has other slopes than the whole text; see alibi_scaling.
             tokens = tokens[: config.training_length]
+        tokens = tokens[: plan.max_length]
         check_length(tokens)
         model, verification = verify(plan, checkpoint, folder, tokens, describe(text, how), is_exact)
         facts = {

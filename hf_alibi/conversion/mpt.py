@@ -5,7 +5,7 @@ in one matrix and clipped at `clip_qkv`. Source: github.com/mosaicml/llm-foundry
 
 Transformers' class ignores `alibi_bias_max`, `expansion_ratio`, `logit_scale`, `no_bias=False`, `norm_type`,
 `attn_type` and the fields of llm-foundry. Here they have the same meaning as in training, and a model that uses one of
-them is compared with the formula instead of that class.
+them is compared with the formula instead of that class. That class also fails beyond `max_seq_len` tokens.
 """
 
 import math
@@ -201,6 +201,7 @@ def _plan(fields: dict[str, Any], scale: float | None, logit_scale: float | None
         folded=folded,
         differs=differs,
         reference=None if is_heeded else reference,
+        max_length=fields["training_length"] if is_heeded else None,
     )
 
 
@@ -294,4 +295,4 @@ def write(config: AlibiGPTConfig, ours: Fields) -> Plan:
     }
     ours.every_key("an MPT")
     rules = [Rule(("blocks.{}.attn.Wqkv",), QKV, back=joined), *renames(RENAMES | {"norm_f": "model.norm"})]
-    return Plan(fields, rules, prefix=PREFIX)
+    return Plan(fields, rules, prefix=PREFIX, max_length=fields["max_seq_len"])

@@ -230,3 +230,14 @@ def test_the_row_of_the_padding_token_is_kept(tmp_path: Path) -> None:
     assert model.config.pad_token_id == 3
     assert torch.equal(model.model.embed_tokens.weight, AutoModelForCausalLM.from_pretrained(source).lm_head.weight)
     assert model.model.embed_tokens.weight[3].abs().max() > 0
+
+
+def test_a_text_is_cut_to_what_the_class_can_read(tmp_path: Path) -> None:
+    """The class of MPT fails beyond `max_seq_len`, as a source and as a target."""
+    source = sources.mpt(tmp_path / "source", 6, max_seq_len=64)
+    convert(source, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back", to="mpt")
+    for folder in ("ours", "back"):
+        facts = json.loads((tmp_path / folder / "conversion.json").read_text())["verification"]
+        assert facts["num_tokens"] == 64
+        assert max(facts[way] for way in ("full", "padded", "cached")) < 1e-5
