@@ -275,7 +275,11 @@ def decoded(
 
 
 def converted_models(arguments: ConvertedArguments) -> Report:
-    """Measures models in their own class and converted to ours, one family after the other."""
+    """Measures models in their own class and converted to ours, one family after the other.
+
+    The memory is measured of prefills only, because each measurement runs the slower models once more.
+    """
+    without_memory = replace(arguments, measure_memory=False)
     decoded_tokens = WARM_UP_CALLS + arguments.rounds * arguments.new_tokens
     others = arguments.train_lengths + arguments.prefill_lengths + arguments.error_positions
     shape = arguments.shape(max(max(arguments.contexts) + decoded_tokens, *others))
@@ -285,22 +289,21 @@ def converted_models(arguments: ConvertedArguments) -> Report:
         for family in arguments.peers:
             folders = converted.save_both(family, shape, Path(folder))
             builds = {name: partial(converted.load, path, shape.dtype, shape.device) for name, path in folders.items()}
-            for task, subject, lengths in (
-                ("training step", subjects.training_step, arguments.train_lengths),
-                ("prefill", subjects.prefill, arguments.prefill_lengths),
+            for task, subject, lengths, how in (
+                ("training step", subjects.training_step, arguments.train_lengths, without_memory),
+                ("prefill", subjects.prefill, arguments.prefill_lengths, arguments),
             ):
                 for length in sorted(lengths):
                     calls = {name: partial(subject, build, length) for name, build in builds.items()}
-                    measured = compare(calls, family, arguments, label=f"{family}, {task}, {length} tokens")
+                    measured = compare(calls, family, how, label=f"{family}, {task}, {length} tokens")
                     place = {TASK: task, DTYPE: shape.dtype, LENGTH: length, CACHE_MIB: None, PREFILL_SECONDS: None}
                     records += [place | record for record in measured.values()]
             caches = (subjects.dynamic_cache, subjects.own_cache)
             ways = {name: (build, cache) for (name, build), cache in zip(builds.items(), caches, strict=True)}
-            # The memory of a prompt that is read in chunks is measured by `generation`.
-            how = replace(arguments, measure_memory=False)
             for context in sorted(arguments.contexts):
-                records += decoded(ways, how, shape, context, yardstick=family, label=f"{family}, decoding")
+                records += decoded(ways, without_memory, shape, context, yardstick=family, label=f"{family}, decoding")
             errors += converted.errors_by_position(folders, arguments.error_positions, arguments.device)
+            converted.load.cache_clear()
     columns = (TASK, LENGTH, *MEASURED, CACHE_MIB, PREFILL_SECONDS)
     return Report(records, columns, MILLISECONDS, "milliseconds", {"errors": errors})
 

@@ -155,6 +155,10 @@ def _plan(checkpoint: Checkpoint, to: str | None) -> tuple[Plan, PreTrainedConfi
         return plan, _config(type(AutoConfig.for_model(to)), plan, checkpoint), name
     if to is not None:
         raise UserError(f"{to!r} is no target; choose {' or '.join(TARGETS)}, or call to_gguf for a GGUF file")
+    if kind == OURS:
+        raise UserError(
+            f"{checkpoint.folder} is an AlibiGPT already; --to says what it becomes: {', '.join(TARGETS)} or gguf"
+        )
     raise UserError(f"{checkpoint.folder} is of type {kind!r}; known are {', '.join(SOURCES)}")
 
 

@@ -5,6 +5,7 @@ later version has added is never ignored silently.
 """
 
 from collections.abc import Collection, Mapping
+from textwrap import shorten
 from typing import Any
 
 from transformers import GenerationConfig
@@ -111,8 +112,22 @@ class Fields:
     def only(self, name: str, *allowed: Any, reason: str) -> None:
         """Raises an error for any value but those `allowed`. The first one is the default."""
         value = self.value(name, default=allowed[0])
-        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
+        if not _is_one_of(value, allowed):
             raise self.refusal(name, reason)
+
+    def trained_with(self, target: str, wanted: Mapping[str, Any]) -> None:
+        """Raises an error that names all fields whose values `target` cannot express.
+
+        Args:
+            target: What needs the values, such as "a BLOOM".
+            wanted: The value of each field, or a tuple of possible ones. The first is recommended.
+        """
+        allowed = {name: value if isinstance(value, tuple) else (value,) for name, value in wanted.items()}
+        misfits = [name for name, values in allowed.items() if not _is_one_of(self.value(name), values)]
+        if misfits:
+            here = ", ".join(f"{name}={shown(self._fields[name])}" for name in misfits)
+            needed = ", ".join(f"{name}={allowed[name][0]!r}" for name in misfits)
+            raise UserError(f"{self.owner}: {here} cannot be converted: {target} needs a model trained with {needed}")
 
     def token(self, name: str, default: Any = None) -> Any:
         """Returns a token id, a list of them, or `None`."""
@@ -121,12 +136,6 @@ class Fields:
         if value is not None and not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
             raise self.refusal(name, "it must be a token id, a list of them, or null")
         return value
-
-    def every_key(self, target: str) -> None:
-        """Refuse head windows that leave out more than rounding: a model elsewhere looks at every key."""
-        if self.number("window_tolerance") > LOSSLESS:
-            reason = f"{target} looks at every key, so it needs a model trained with window_tolerance={LOSSLESS!r}"
-            raise self.refusal("window_tolerance", f"{reason} or less")
 
     def neutral(self, name: str, *kinds: type) -> None:
         """Accepts any value of these types, because the field does not change what the model computes."""
@@ -171,4 +180,16 @@ class Fields:
 
     def refusal(self, name: str, reason: str) -> UserError:
         """Returns the error that refuses the field `name`."""
-        return UserError(f"{self.owner}: {self.prefix}{name}={self._fields.get(name)!r} cannot be converted: {reason}")
+        return UserError(
+            f"{self.owner}: {self.prefix}{name}={shown(self._fields.get(name))} cannot be converted: {reason}"
+        )
+
+
+def shown(value: Any) -> str:
+    """Returns `value` for a message, without the rest of a long list."""
+    return shorten(repr(value), 80, placeholder=" ...")
+
+
+def _is_one_of(value: Any, allowed: Collection[Any]) -> bool:
+    """Whether `value` is in `allowed`, where 1 is not True."""
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..model.configuration_alibi_gpt import AlibiGPTConfig
 from . import naive
-from .fields import ONE_DROPOUT, Fields
+from .fields import LOSSLESS, ONE_DROPOUT, Fields
 from .rules import QKV, Plan, Read, Rule, joined, renames, scaled, stacked
 
 ARCHITECTURES = ("MptForCausalLM", "MPTForCausalLM", "MptModel", "MPTModel")
@@ -255,7 +255,7 @@ def reference(config: dict[str, Any], read: Read, tokens: Tensor) -> Tensor:
 def write(config: AlibiGPTConfig, ours: Fields) -> Plan:
     """Returns the plan for the equal MPT of Transformers. Raises `UserError` for what that class cannot compute."""
     fields = ours.common(("AlibiGPTForCausalLM",))
-    for name, value in {
+    wanted = {
         "num_key_value_heads": config.num_attention_heads,
         "head_dim": config.hidden_size // config.num_attention_heads,
         "intermediate_size": 4 * config.hidden_size,
@@ -272,8 +272,9 @@ def write(config: AlibiGPTConfig, ours: Fields) -> Plan:
         "norm_bias": False,
         "embedding_norm": False,
         "use_parallel_residual": False,
-    }.items():
-        ours.only(name, value, reason=f"Transformers' MPT needs a model trained with {name}={value!r}")
+        "window_tolerance": min(config.window_tolerance, LOSSLESS),
+    }
+    ours.trained_with("Transformers' MPT", wanted)
     ours.only("attention_dropout", 0, reason="the config of Transformers' MPT only accepts whole numbers")
     attention = {"clip_qkv": ours.number("clip_qkv", default=None), "alibi": True}
     fields |= {
@@ -293,6 +294,5 @@ def write(config: AlibiGPTConfig, ours: Fields) -> Plan:
         "pad_token_id": ours.token("pad_token_id"),
         "attn_config": attention,
     }
-    ours.every_key("an MPT")
     rules = [Rule(("blocks.{}.attn.Wqkv",), QKV, back=joined), *renames(RENAMES | {"norm_f": "model.norm"})]
     return Plan(fields, rules, prefix=PREFIX, max_length=fields["max_seq_len"])

@@ -316,5 +316,5 @@ def test_wrong_arguments_are_refused(tmp_path: Path, arguments: dict[str, Any], 
 
 
 def test_ours_is_no_source_without_a_target(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is of type 'alibi_gpt'; known are bloom"):
+    with pytest.raises(UserError, match="is an AlibiGPT already; --to says what it becomes: bloom, mpt or gguf"):
         convert(save_checkpoint(tmp_path / "tiny"), tmp_path / "ours")
