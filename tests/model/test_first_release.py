@@ -13,7 +13,6 @@ release computed from them. A release that adds choices adds a folder: ``second-
 
 import json
 from dataclasses import fields
-
 from pathlib import Path
 
 import pytest
