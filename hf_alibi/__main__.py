@@ -29,7 +29,7 @@ COMMANDS = {
     "refresh": Command("bring the present code to a checkpoint that was saved earlier", "train"),
     "serve": Command("serve a checkpoint with an OpenAI-compatible API", "serve"),
     "chat": Command("chat with a served checkpoint in the terminal", "serve"),
-    "benchmark": Command("measure attention, models and generation on this machine", "train"),
+    "benchmark": Command("measure attention, models, generation and converted models", "train"),
 }
 
 

@@ -51,8 +51,9 @@ WITH_MASK = DENSE, MADE, POSITION_BIAS = (
 )
 PEERS = LLAMA, GPT2, BLOOM, MPT = "Llama", "GPT-2", "BLOOM", "MPT"
 EAGER, WINDOWED = "ALiBi, eager", "ALiBi, sdpa, windows"
-# Ways to decode.
-DECODERS = OWN_CACHE, DYNAMIC_CACHE, *_ = "ALiBi, WindowedCache", "ALiBi, DynamicCache", *PEERS
+OWN_CACHE, DYNAMIC_CACHE = "ALiBi, WindowedCache", "ALiBi, DynamicCache"
+# Ways to decode, and the model of each.
+DECODERS = {OWN_CACHE: WINDOWED, DYNAMIC_CACHE: WINDOWED} | {peer: peer for peer in PEERS}
 # Names with a slash are repositories of kernels. Names with a bar are for continuous batching.
 BACKENDS = [backend for backend in ALL_BACKENDS if not {"/", "|"} & set(backend)]
 # Rows of a float64 mask that are computed together. It bounds the memory.
@@ -262,8 +263,8 @@ def own_cache(model: Any) -> Cache:
 
 def way_to_decode(name: str, shape: Shape) -> tuple[Build, Callable[[Any], Cache]]:
     """Returns the model of one of the `DECODERS`, and what makes an empty cache for it."""
-    build = partial(build_model, name if name in PEERS else WINDOWED, shape)
-    return build, own_cache if name == OWN_CACHE else dynamic_cache
+    is_dynamic = name == DYNAMIC_CACHE or name in PEERS
+    return partial(build_model, DECODERS[name], shape), dynamic_cache if is_dynamic else own_cache
 
 
 class Decoder:

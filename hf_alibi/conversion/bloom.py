@@ -67,6 +67,8 @@ def read(source: Fields) -> Plan:
         source.neutral(name, bool)
     source.neutral("skip_bias_add", bool)
     source.neutral("offset_alibi", int)
+    # DeepSpeed-Chat writes it, and no BLOOM reads it.
+    source.neutral("dropout", float, int)
     differs = []
     if fields["hidden_dropout"]:
         differs.append("In training, hidden_dropout also drops embeddings here.")

@@ -41,6 +41,7 @@ SOURCES: dict[str, tuple[str, Callable[[Fields], Plan]]] = {
     "jais": ("JAIS", jais.read),
     "btlm": ("BTLM", btlm.read),
     "gpt_refact": ("Refact", refact.read),
+    "RefinedWebModel": ("Falcon", falcon.read_refined_web),
 }
 TARGETS: dict[str, tuple[str, Callable[[AlibiGPTConfig, Fields], Plan]]] = {
     "bloom": ("BLOOM", bloom.write),

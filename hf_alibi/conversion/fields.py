@@ -16,7 +16,8 @@ REQUIRED: Any = object()
 LOSSLESS = 2.0**-24  # the largest window_tolerance that leaves out no more than float32 rounds
 ONE_DROPOUT = "dropout acts in training only, so a copy of the config may set both to 0"
 
-# Fields of any config of Transformers that do not change what a causal language model computes.
+# Fields of any config of Transformers that do not change what a causal language model computes. Transformers 4 wrote
+# more of them than Transformers 5, and DeepSpeed-Chat writes end_token_id beside eos_token_id.
 BOOKKEEPING = {
     "_attn_implementation_autoset",
     "_commit_hash",
@@ -25,16 +26,23 @@ BOOKKEEPING = {
     "attn_implementation",
     "auto_map",
     "chunk_size_feed_forward",
+    "cross_attention_hidden_size",
     "dtype",
+    "end_token_id",
+    "finetuning_task",
     "gradient_checkpointing",
+    "is_decoder",
     "model_type",
     "sep_token_id",
     "task_specific_params",
+    "tf_legacy_loss",
+    "tie_encoder_decoder",
     "tokenizer_class",
     "torch_dtype",
     "torchscript",
     "transformers_version",
     "unk_token_id",
+    "use_bfloat16",
 }
 # Fields of any config of Transformers that mean the same in ours, with their defaults.
 CARRIED = {
@@ -46,8 +54,8 @@ CARRIED = {
     "return_dict": True,
 }
 # Old configs also hold defaults for generation.
-GENERATION = {name for name in GenerationConfig().to_dict() if not name.endswith("_token_id")}
-GENERATION -= {"use_cache", *BOOKKEEPING, *CARRIED}
+GENERATION = set(GenerationConfig().to_dict())
+GENERATION -= {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", *BOOKKEEPING, *CARRIED}
 
 
 class Fields:
@@ -162,6 +170,7 @@ class Fields:
         self.only("is_encoder_decoder", False, reason="an encoder has no place here")
         self.only("add_cross_attention", False, reason="cross-attention has no place here")
         self.only("quantization_config", None, reason="convert the checkpoint that was not quantised")
+        self.only("prefix", None, reason="no text is put before a prompt here")
         self.only("pruned_heads", {}, None, reason="heads that are missing have no place here")
         self._unread -= BOOKKEEPING | GENERATION
         carried = {}

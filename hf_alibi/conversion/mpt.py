@@ -95,6 +95,7 @@ def read(source: Fields) -> Plan:
     source.neutral("residual_coeff", float)
     source.neutral("use_pad_tok_in_ffn", bool)
     source.neutral("name", str)
+    source.neutral("tokenizer_name", str)
     source.neutral("loss_fn", str)
     _only_torch(source, "fc_type")
     fused = attention.flag("fused_qkv", default=True)

@@ -17,6 +17,7 @@ from hf_alibi.benchmark import measuring as benchmarking
 from hf_alibi.benchmark.measuring import MeasuringArguments, compare, peak_mib
 from hf_alibi.cli import benchmark as benchmark_command
 from hf_alibi.errors import UserError
+from hf_alibi.model.cache_names import CACHE_NAME
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 TINY = ["--rounds", "2", "--threads", "1", "--device", "cpu", "--no_measure_memory"]
@@ -161,6 +162,16 @@ def test_converted(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert record["cache_mib"] == cache or "converted" in record["implementation"]
     assert [(r["implementation"], r["length"]) for r in result["errors"]] == list(product(names, (8, 80)))
     assert "mean error" in capsys.readouterr().out
+
+
+def test_converted_models_decode_with_the_cache_of_generate(tmp_path: Path) -> None:
+    shape = subjects.Shape(48, 1, 6, 64, max_positions=64, dtype="float32", device="cpu")
+    for name, folder in converted.save_both("BLOOM", shape, tmp_path).items():
+        model = converted.load(folder, "float32", "cpu")
+        make_cache = subjects.dynamic_cache if name == "BLOOM" else subjects.own_cache
+        input_ids = subjects.random_tokens(model, 8)
+        output = model.generate(input_ids, max_new_tokens=2, pad_token_id=0, return_dict_in_generate=True)
+        assert type(output[CACHE_NAME]) is type(make_cache(model)), name
 
 
 def test_errors_of_converted_models_are_those_of_bfloat16(tmp_path: Path) -> None:

@@ -125,6 +125,8 @@ def test_what_every_config_has_travels_along(kind: str) -> None:
     [
         (falcon.read, {}, "alibi=None cannot be converted: only models with ALiBi"),
         (falcon.read, {"alibi": True, "num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn=2"),
+        (falcon.read_refined_web, {"alibi": True}, "the config of It has no multi_query"),
+        (bloom.read, {"prefix": "Question: "}, "prefix='Question: ' .* no text is put before"),
         (
             falcon.read,
             {"alibi": True, "new_decoder_architecture": True, "parallel_attn": False},
