@@ -87,10 +87,10 @@ class ConvertedArguments(ShapeArguments):
         metadata={"help": "Models to convert.", "choices": list(converted.FAMILIES)},
     )
     train_lengths: list[int] = field(
-        default_factory=lambda: [4096], metadata={"help": "Lengths of training steps, in tokens."}
+        default_factory=lambda: [1024, 4096], metadata={"help": "Lengths of training steps, in tokens."}
     )
     prefill_lengths: list[int] = field(
-        default_factory=lambda: [4096], metadata={"help": "Lengths of prefills in one pass, in tokens."}
+        default_factory=lambda: [1024, 4096], metadata={"help": "Lengths of prefills in one pass, in tokens."}
     )
     contexts: list[int] = field(
         default_factory=lambda: [4096, 16384], metadata={"help": "Lengths of the prompts to decode after, in tokens."}
