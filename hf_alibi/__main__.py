@@ -30,7 +30,7 @@ COMMANDS = {
     "serve": Command("serve a checkpoint with an OpenAI-compatible API", "serve"),
     "chat": Command("chat with a served checkpoint in the terminal", "serve"),
     "study": Command("compare position methods: train, test, make tables and plots", "train"),
-    "benchmark": Command("measure attention, models and generation on this machine", "train"),
+    "benchmark": Command("measure attention, models, generation and converted models", "train"),
 }
 
 

@@ -50,7 +50,8 @@ Record = dict[str, Any]
 # The keys of records. `compare` fills in those of the second block.
 TASK, DTYPE, LENGTH, PARAMETERS = "task", "dtype", "length", "parameters"
 TOKENS_PER_SECOND, CACHE_MIB, PREFILL_SECONDS = "tokens_per_second", "cache_mib", "prefill_seconds"
-MAX_ERROR, MAX_DIFFERENCE, RELATIVE_DIFFERENCE = "max_error", "max_difference", "relative_difference"
+MAX_ERROR, MEAN_ERROR = "max_error", "mean_error"
+MAX_DIFFERENCE, RELATIVE_DIFFERENCE = "max_difference", "relative_difference"
 
 IMPLEMENTATION = "implementation"
 # The median time of a call.
@@ -73,6 +74,7 @@ COLUMNS = {
     TOKENS_PER_SECOND: ("tokens/s", ",.0f"),
     PEAK_MIB: ("peak MiB", ",.1f"),
     MAX_ERROR: ("max error", ".2e"),
+    MEAN_ERROR: ("mean error", ".2e"),
     PARAMETERS: ("parameters", ","),
     CACHE_MIB: ("cache MiB", ",.1f"),
     PREFILL_SECONDS: ("prefill s", ",.2f"),

@@ -7,6 +7,8 @@ another process can do the same. All models of a comparison have the same `Shape
   narrower.
 - GPT-2 has an embedding for each position, which the others lack.
 - Every head is tied to the embedding, and there is no dropout.
+
+What is measured of a model takes a `Build`, so that it also measures models from elsewhere: see `converted.py`.
 """
 
 import time
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    Cache,
     DynamicCache,
     GPT2Config,
     LlamaConfig,
@@ -34,6 +37,9 @@ from ..model.cache_names import CACHE_NAME
 from ..model.configuration_alibi_gpt import AlibiGPTConfig
 from ..model.layers import AlibiGPTAttention
 from ..model.layout import token_layout
+
+# Returns a model, the same one in each call. It must be picklable.
+Build = Callable[[], Any]
 
 CAUSAL = "causal SDPA, no bias"
 # A mask that all layers share; a mask that each layer makes; and Transformers' way, where each makes it from a shared
@@ -213,15 +219,16 @@ def _peer_config(name: str, shape: Shape) -> PreTrainedConfig:
     return MptConfig(d_model=size, n_layers=layers, n_heads=heads, max_seq_len=positions, **tokens)
 
 
-def random_tokens(shape: Shape, length: int) -> Tensor:
-    """Returns random token ids, `[1, length]`."""
-    generator = torch.Generator(shape.device).manual_seed(length)
-    return torch.randint(shape.vocab_size, (1, length), generator=generator, device=shape.device)
+def random_tokens(model: Any, length: int) -> Tensor:
+    """Returns random token ids for `model`, `[1, length]`."""
+    generator = torch.Generator(model.device).manual_seed(length)
+    return torch.randint(model.config.vocab_size, (1, length), generator=generator, device=model.device)
 
 
-def training_step(name: str, shape: Shape, length: int) -> Callable[[], None]:
+def training_step(build: Build, length: int) -> Callable[[], None]:
     """Returns a call that computes the loss of one sequence and all gradients, without an update."""
-    model, input_ids = build_model(name, shape), random_tokens(shape, length)
+    model = build()
+    input_ids = random_tokens(model, length)
 
     def step() -> None:
         model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
@@ -230,20 +237,44 @@ def training_step(name: str, shape: Shape, length: int) -> Callable[[], None]:
     return step
 
 
-def prefill(name: str, shape: Shape, length: int) -> Callable[[], Any]:
+def prefill(build: Build, length: int) -> Callable[[], Any]:
     """Returns a call that computes the last logits of one sequence and its cache, in one forward pass."""
-    model, input_ids = build_model(name, shape), random_tokens(shape, length)
-    return torch.no_grad()(partial(model, input_ids=input_ids, logits_to_keep=1, use_cache=True))
+    model = build()
+    call = partial(model, input_ids=random_tokens(model, length), logits_to_keep=1, use_cache=True)
+    return torch.no_grad()(call)
 
 
 @torch.no_grad()
 def logits(name: str, shape: Shape, length: int) -> Tensor:
     """Returns the logits of one of our models, `[1, length, vocab_size]`. All of them have the same weights."""
-    return build_model(name, shape)(input_ids=random_tokens(shape, length), use_cache=False).logits
+    model = build_model(name, shape)
+    return model(input_ids=random_tokens(model, length), use_cache=False).logits
+
+
+def dynamic_cache(model: Any) -> DynamicCache:
+    """Returns the cache that `generate` uses for a model of Transformers."""
+    return DynamicCache(config=model.config)
+
+
+def own_cache(model: Any) -> Cache:
+    """Returns the cache that `generate` uses for a model of ours."""
+    return model.model.windowed_cache() or dynamic_cache(model)
+
+
+def way_to_decode(name: str, shape: Shape) -> tuple[Build, Callable[[Any], Cache]]:
+    """Returns the model of one of the `DECODERS`, and what makes an empty cache for it."""
+    is_dynamic = name == DYNAMIC_CACHE or name in PEERS
+    return partial(build_model, DECODERS[name], shape), dynamic_cache if is_dynamic else own_cache
 
 
 class Decoder:
     """Decodes one token per call, greedily. The constructor reads the prompt in chunks.
+
+    Args:
+        build: Returns the model.
+        make_cache: Returns an empty cache for the model.
+        context: Tokens in the prompt.
+        chunk_size: Tokens in a chunk.
 
     Attributes:
         cache: Keys and values of the prompt and of the decoded tokens.
@@ -251,12 +282,11 @@ class Decoder:
     """
 
     @torch.no_grad()
-    def __init__(self, name: str, shape: Shape, context: int, chunk_size: int) -> None:
-        self.model = build_model(DECODERS[name], shape)
-        own = name == OWN_CACHE
-        self.cache = self.model.model.windowed_cache() if own else DynamicCache(config=self.model.config)
+    def __init__(self, build: Build, make_cache: Callable[[Any], Cache], context: int, chunk_size: int) -> None:
+        self.model = build()
+        self.cache = make_cache(self.model)
         start = time.perf_counter()
-        for chunk in random_tokens(shape, context).split(chunk_size, dim=1):
+        for chunk in random_tokens(self.model, context).split(chunk_size, dim=1):
             self._read(chunk)
         # Waits for the device.
         self.token.cpu()
@@ -279,7 +309,9 @@ class Decoder:
         return sum(storages.values()) / 2**20
 
 
-def prompt_reading(name: str, shape: Shape, context: int, chunk_size: int) -> Callable[[], Decoder]:
+def prompt_reading(
+    build: Build, make_cache: Callable[[Any], Cache], context: int, chunk_size: int
+) -> Callable[[], Decoder]:
     """Returns a call that reads the prompt in chunks, and so makes a decoder."""
-    build_model(DECODERS[name], shape)
-    return partial(Decoder, name, shape, context, chunk_size)
+    build()
+    return partial(Decoder, build, make_cache, context, chunk_size)

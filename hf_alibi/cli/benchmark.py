@@ -3,6 +3,7 @@
     hf_alibi benchmark attention --lengths 512 2048 8192 --dtypes float32 bfloat16 --output_prefix runs/layer
     hf_alibi benchmark model --train_lengths 1024 4096 --prefill_lengths 4096 16384 --output_prefix runs/model
     hf_alibi benchmark generation --contexts 1024 16384 65536 --output_prefix runs/generation
+    hf_alibi benchmark converted --peers BLOOM Falcon --contexts 4096 --output_prefix runs/converted
 
 attention: PyTorch's causal attention without any bias (the yardstick), with a stored ALiBi mask, and with a mask that
 is made in each call; Transformers' attention with a stored `position_bias`; and our backends with and without head
@@ -16,22 +17,33 @@ backends differ for the same weights.
 generation: the time of a decoded token after a long prompt, the size of the cache, and the prefill in chunks. This is
 the cost of the models alone, without what `generate` adds.
 
+converted: BLOOM, MPT and Falcon with random weights in Transformers' own classes (the yardsticks), and converted to
+AlibiGPT: training steps, prefills, decoding after a prompt, and the errors of their logits in bfloat16 by position.
+
 hf_alibi/benchmark/measuring.py says how time and memory are measured, and subjects.py what is measured. PREFIX.json
 gets every figure with hardware and versions, PREFIX.png a plot. "-" means that something was not measured; the reason
 is below the table.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 
-from ..benchmark import subjects
+from ..benchmark import converted, subjects
+from ..benchmark.arguments import (
+    AttentionArguments,
+    ConvertedArguments,
+    GenerationArguments,
+    ModelArguments,
+    ShapeArguments,
+)
 from ..benchmark.measuring import (
     CACHE_MIB,
     DTYPE,
@@ -61,79 +73,8 @@ from ..errors import UserError
 from ..hub.checkpoints import available_device
 from .options import OptionParser, check_output, in_range, output_path
 
-DTYPES = ["float32", "bfloat16", "float16"]
 # Columns of every table.
 MEASURED = (IMPLEMENTATION, MILLISECONDS, RATIO, PEAK_MIB)
-
-
-@dataclass
-class AttentionArguments(MeasuringArguments):
-    """The attention of one layer, without its projections."""
-
-    lengths: list[int] = field(default_factory=lambda: [512, 2048, 8192], metadata={"help": "Lengths in tokens."})
-    dtypes: list[str] = field(
-        default_factory=lambda: ["float32"], metadata={"help": "Dtypes of the input.", "choices": DTYPES}
-    )
-    backends: list[str] = field(
-        default_factory=lambda: [backend for backend in subjects.BACKENDS if backend != "eager"],
-        metadata={"help": "Our backends.", "choices": subjects.BACKENDS},
-    )
-    backward: bool = field(default=True, metadata={"help": "Measure forward and backward too, not just forward."})
-    num_heads: int = field(default=8, metadata={"help": "Attention heads."})
-    head_dim: int = field(default=64, metadata={"help": "Width of a head."})
-    max_dense_length: int = field(default=8192, metadata={"help": "Longest length at which a bias is stored."})
-    error_rows: int = field(
-        default=2048, metadata={"help": "Queries to compare with float64: all if not more, else evenly spaced ones."}
-    )
-
-
-@dataclass
-class ShapeArguments(MeasuringArguments):
-    """The size of the models."""
-
-    hidden_size: int = field(default=512, metadata={"help": "Width of the residual stream."})
-    num_layers: int = field(default=6, metadata={"help": "Decoder layers."})
-    num_heads: int = field(default=8, metadata={"help": "Attention heads."})
-    vocab_size: int = field(default=8192, metadata={"help": "Tokens in the vocabulary."})
-    dtype: str = field(default="float32", metadata={"help": "Dtype of weights and input.", "choices": DTYPES})
-    peers: list[str] = field(
-        default_factory=lambda: list(subjects.PEERS),
-        metadata={"help": "Models of Transformers to compare with.", "choices": list(subjects.PEERS)},
-    )
-
-    def shape(self, max_positions: int) -> subjects.Shape:
-        """Returns the shape of models that can read `max_positions` tokens."""
-        size = (self.hidden_size, self.num_layers, self.num_heads, self.vocab_size)
-        return subjects.Shape(*size, max_positions, self.dtype, self.device)
-
-
-@dataclass
-class ModelArguments(ShapeArguments):
-    """Whole models: training steps, prefills, and the agreement of our backends."""
-
-    train_lengths: list[int] = field(
-        default_factory=lambda: [1024, 4096], metadata={"help": "Lengths of training steps, in tokens."}
-    )
-    prefill_lengths: list[int] = field(
-        default_factory=lambda: [1024, 4096, 16384], metadata={"help": "Lengths of prefills, in tokens."}
-    )
-    backends: list[str] = field(
-        default_factory=lambda: subjects.BACKENDS, metadata={"help": "Our backends.", "choices": subjects.BACKENDS}
-    )
-    max_eager_length: int = field(default=2048, metadata={"help": "Longest length for our eager attention."})
-    logits_length: int = field(default=2048, metadata={"help": "Tokens whose logits are compared between backends."})
-
-
-@dataclass
-class GenerationArguments(ShapeArguments):
-    """Decoding after a long prompt."""
-
-    contexts: list[int] = field(
-        default_factory=lambda: [1024, 4096, 16384], metadata={"help": "Lengths of the prompts, in tokens."}
-    )
-    new_tokens: int = field(default=16, metadata={"help": "Tokens to decode in a turn."})
-    chunk_size: int = field(default=2048, metadata={"help": "Tokens of the prompt to read at a time."})
-    max_peer_context: int = field(default=16384, metadata={"help": "Longest prompt for the peers."})
 
 
 class Report(NamedTuple):
@@ -235,7 +176,7 @@ def model(arguments: ModelArguments) -> Report:
     jobs += [("prefill", subjects.prefill, length) for length in sorted(arguments.prefill_lengths)]
     records = []
     for task, subject, length in jobs:
-        calls = {name: partial(subject, name, shape, length) for name in names}
+        calls = {name: partial(subject, partial(subjects.build_model, name, shape), length) for name in names}
         skip = {subjects.EAGER: "longer than --max_eager_length"} if length > arguments.max_eager_length else {}
         measured = compare(calls, subjects.LLAMA, arguments, label=f"{task}, {length} tokens", skip=skip)
         for record in measured.values():
@@ -279,30 +220,52 @@ def generation(arguments: GenerationArguments) -> Report:
 
 
 def decoding(arguments: GenerationArguments, shape: subjects.Shape, context: int) -> list[Record]:
-    """Measures decoding after a prompt of `context` tokens. The memory is that of reading the prompt.
-
-    The decoders take turns, so all caches are in memory until the end.
-    """
-    decoders: dict[str, subjects.Decoder] = {}
-
-    def prepare(name: str) -> subjects.Decoder:
-        decoders[name] = subjects.Decoder(name, shape, context, arguments.chunk_size)
-        return decoders[name]
-
-    prompts = {
-        name: partial(subjects.prompt_reading, name, shape, context, arguments.chunk_size)
+    """Measures decoding after a prompt of `context` tokens."""
+    ways = {
+        name: subjects.way_to_decode(name, shape)
         for name in subjects.DECODERS
         if name in arguments.peers or name not in subjects.PEERS
     }
     is_long = context > arguments.max_peer_context
+    skip = dict.fromkeys(arguments.peers, "longer than --max_peer_context") if is_long else {}
+    return decoded(ways, arguments, shape, context, yardstick=subjects.LLAMA, label="decoding", skip=skip)
+
+
+def decoded(
+    ways: Mapping[str, tuple[subjects.Build, Callable[[Any], Any]]],
+    arguments: GenerationArguments | ConvertedArguments,
+    shape: subjects.Shape,
+    context: int,
+    label: str,
+    **options: Any,
+) -> list[Record]:
+    """Measures decoding after a prompt of `context` tokens. The memory is that of reading the prompt.
+
+    The decoders take turns, so all caches are in memory until the end.
+
+    Args:
+        ways: Model and empty cache of each decoder, by its name.
+        arguments: Say how.
+        shape: Of the models.
+        context: Tokens in the prompt.
+        label: Begins the label in the progress bar.
+        **options: For `compare`.
+    """
+    decoders: dict[str, subjects.Decoder] = {}
+
+    def prepare(name: str) -> subjects.Decoder:
+        decoders[name] = subjects.Decoder(*ways[name], context, arguments.chunk_size)
+        return decoders[name]
+
     measured = compare(
-        {name: partial(prepare, name) for name in prompts},
-        subjects.LLAMA,
-        arguments,
-        label=f"decoding after {context} tokens",
-        skip=dict.fromkeys(arguments.peers, "longer than --max_peer_context") if is_long else {},
+        {name: partial(prepare, name) for name in ways},
+        how=arguments,
+        label=f"{label} after {context} tokens",
         repeats=arguments.new_tokens,
-        in_memory=prompts,
+        in_memory={
+            name: partial(subjects.prompt_reading, *way, context, arguments.chunk_size) for name, way in ways.items()
+        },
+        **options,
     )
     for name, record in measured.items():
         record |= {TASK: "decoding", DTYPE: shape.dtype, LENGTH: context, CACHE_MIB: None, PREFILL_SECONDS: None}
@@ -311,8 +274,43 @@ def decoding(arguments: GenerationArguments, shape: subjects.Shape, context: int
     return list(measured.values())
 
 
+def converted_models(arguments: ConvertedArguments) -> Report:
+    """Measures models in their own class and converted to ours, one family after the other.
+
+    The memory is measured of prefills only, because each measurement runs the slower models once more.
+    """
+    without_memory = replace(arguments, measure_memory=False)
+    decoded_tokens = WARM_UP_CALLS + arguments.rounds * arguments.new_tokens
+    others = arguments.train_lengths + arguments.prefill_lengths + arguments.error_positions
+    shape = arguments.shape(max(max(arguments.contexts) + decoded_tokens, *others))
+    records: list[Record] = []
+    errors: list[Record] = []
+    with TemporaryDirectory() as folder:
+        for family in arguments.peers:
+            folders = converted.save_both(family, shape, Path(folder))
+            builds = {name: partial(converted.load, path, shape.dtype, shape.device) for name, path in folders.items()}
+            for task, subject, lengths, how in (
+                ("training step", subjects.training_step, arguments.train_lengths, without_memory),
+                ("prefill", subjects.prefill, arguments.prefill_lengths, arguments),
+            ):
+                for length in sorted(lengths):
+                    calls = {name: partial(subject, build, length) for name, build in builds.items()}
+                    measured = compare(calls, family, how, label=f"{family}, {task}, {length} tokens")
+                    place = {TASK: task, DTYPE: shape.dtype, LENGTH: length, CACHE_MIB: None, PREFILL_SECONDS: None}
+                    records += [place | record for record in measured.values()]
+            caches = (subjects.dynamic_cache, subjects.own_cache)
+            ways = {name: (build, cache) for (name, build), cache in zip(builds.items(), caches, strict=True)}
+            for context in sorted(arguments.contexts):
+                records += decoded(ways, without_memory, shape, context, yardstick=family, label=f"{family}, decoding")
+            errors += converted.errors_by_position(folders, arguments.error_positions, arguments.device)
+            converted.load.cache_clear()
+    columns = (TASK, LENGTH, *MEASURED, CACHE_MIB, PREFILL_SECONDS)
+    return Report(records, columns, MILLISECONDS, "milliseconds", {"errors": errors})
+
+
 COMMANDS: dict[str, tuple[type[MeasuringArguments], Callable[[Any], Report]]] = {
     "attention": (AttentionArguments, attention),
     "model": (ModelArguments, model),
     "generation": (GenerationArguments, generation),
+    "converted": (ConvertedArguments, converted_models),
 }

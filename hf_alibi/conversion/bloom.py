@@ -5,7 +5,7 @@ Queries, keys and values are in one matrix, with rows `[head, 3, head_dim]`.
 """
 
 from ..model.configuration_alibi_gpt import AlibiGPTConfig
-from .fields import Fields
+from .fields import LOSSLESS, Fields
 from .rules import QKV, Plan, Rule, interleaved, interleaved_back, renames
 
 ARCHITECTURES = ("BloomForCausalLM", "BloomModel")
@@ -67,6 +67,8 @@ def read(source: Fields) -> Plan:
         source.neutral(name, bool)
     source.neutral("skip_bias_add", bool)
     source.neutral("offset_alibi", int)
+    # DeepSpeed-Chat writes it, and no BLOOM reads it.
+    source.neutral("dropout", float, int)
     differs = []
     if fields["hidden_dropout"]:
         differs.append("In training, hidden_dropout also drops embeddings here.")
@@ -87,7 +89,7 @@ def write(config: AlibiGPTConfig, ours: Fields) -> Plan:
         UserError: If no BLOOM computes the same. It names the value that the field should have in training.
     """
     fields = ours.common(("AlibiGPTForCausalLM",))
-    for name, value in {
+    wanted = {
         "num_key_value_heads": config.num_attention_heads,
         "head_dim": config.hidden_size // config.num_attention_heads,
         "intermediate_size": 4 * config.hidden_size,
@@ -101,9 +103,10 @@ def write(config: AlibiGPTConfig, ours: Fields) -> Plan:
         "norm_type": "layernorm",
         "embedding_norm": True,
         "use_parallel_residual": False,
-    }.items():
-        ours.only(name, value, reason=f"a BLOOM needs a model trained with {name}={value!r}")
-    ours.choice("hidden_act", dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast")))
+        "hidden_act": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast"),
+        "window_tolerance": min(config.window_tolerance, LOSSLESS),
+    }
+    ours.trained_with("a BLOOM", wanted)
     for name in ("attention_bias", "mlp_bias", "norm_bias"):
         # A missing bias becomes zero.
         ours.flag(name)
@@ -125,5 +128,4 @@ def write(config: AlibiGPTConfig, ours: Fields) -> Plan:
     length = ours.size("training_length")
     if length != TRAINING_LENGTH:
         fields["seq_length"] = length
-    ours.every_key("a BLOOM")
     return Plan(fields, _rules(fields["n_head"], fields["hidden_size"] // fields["n_head"]), prefix=PREFIX)

@@ -51,8 +51,11 @@ def locate(source: str | Path, allow_pickle: bool) -> Path:
     if Path(source).is_dir():
         return Path(source)
     weights = ["*.safetensors*", *(["pytorch_model*.bin*"] if allow_pickle else [])]
-    with hub_errors(str(source)):
-        return Path(snapshot_download(str(source), allow_patterns=[*DOCUMENTS, *weights]))
+    try:
+        with hub_errors(str(source), "download of"):
+            return Path(snapshot_download(str(source), allow_patterns=[*DOCUMENTS, *weights]))
+    except UserError as error:
+        raise UserError(f"there is no folder {source}, and from the Hub: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -41,6 +41,7 @@ SOURCES: dict[str, tuple[str, Callable[[Fields], Plan]]] = {
     "jais": ("JAIS", jais.read),
     "btlm": ("BTLM", btlm.read),
     "gpt_refact": ("Refact", refact.read),
+    "RefinedWebModel": ("Falcon", falcon.read_refined_web),
 }
 TARGETS: dict[str, tuple[str, Callable[[AlibiGPTConfig, Fields], Plan]]] = {
     "bloom": ("BLOOM", bloom.write),
@@ -89,6 +90,7 @@ def convert(
         if isinstance(config, AlibiGPTConfig) and config.slopes_depend_on_length:
             # Beyond the training length, a text in pieces has other slopes than the whole text; see alibi_scaling.
             tokens = tokens[: config.training_length]
+        tokens = tokens[: plan.max_length]
         check_length(tokens)
         model, verification = verify(plan, checkpoint, folder, tokens, describe(text, how), is_exact)
         facts = {
@@ -154,6 +156,10 @@ def _plan(checkpoint: Checkpoint, to: str | None) -> tuple[Plan, PreTrainedConfi
         return plan, _config(type(AutoConfig.for_model(to)), plan, checkpoint), name
     if to is not None:
         raise UserError(f"{to!r} is no target; choose {' or '.join(TARGETS)}, or call to_gguf for a GGUF file")
+    if kind == OURS:
+        raise UserError(
+            f"{checkpoint.folder} is an AlibiGPT already; --to says what it becomes: {', '.join(TARGETS)} or gguf"
+        )
     raise UserError(f"{checkpoint.folder} is of type {kind!r}; known are {', '.join(SOURCES)}")
 
 

@@ -7,7 +7,7 @@ uses the formula, and states how far that class is from it. That class adds the 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -141,6 +141,18 @@ def read(source: Fields) -> Plan:
     return Plan(
         fields, layout.rules(), prefix="transformer.", differs=differs, reference=reference, is_near_class=True
     )
+
+
+def read_refined_web(source: Fields) -> Plan:
+    """Returns the plan for a `RefinedWebModel`: a Falcon from before Transformers had that class.
+
+    Its remote code existed with several defaults, so the fields whose defaults differ must be there.
+    """
+    for name in ("multi_query", "parallel_attn", "bias", "bos_token_id", "eos_token_id"):
+        source.value(name)
+    source.only("new_decoder_architecture", False, reason="a RefinedWebModel has the old decoder")
+    # Transformers does not load it.
+    return replace(read(source), is_near_class=False)
 
 
 def reference(config: dict[str, Any], read: Read, tokens: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ later version has added is never ignored silently.
 """
 
 from collections.abc import Collection, Mapping
+from textwrap import shorten
 from typing import Any
 
 from transformers import GenerationConfig
@@ -15,7 +16,8 @@ REQUIRED: Any = object()
 LOSSLESS = 2.0**-24  # the largest window_tolerance that leaves out no more than float32 rounds
 ONE_DROPOUT = "dropout acts in training only, so a copy of the config may set both to 0"
 
-# Fields of any config of Transformers that do not change what a causal language model computes.
+# Fields of any config of Transformers that do not change what a causal language model computes. Transformers 4 wrote
+# more of them than Transformers 5, and DeepSpeed-Chat writes end_token_id beside eos_token_id.
 BOOKKEEPING = {
     "_attn_implementation_autoset",
     "_commit_hash",
@@ -24,16 +26,23 @@ BOOKKEEPING = {
     "attn_implementation",
     "auto_map",
     "chunk_size_feed_forward",
+    "cross_attention_hidden_size",
     "dtype",
+    "end_token_id",
+    "finetuning_task",
     "gradient_checkpointing",
+    "is_decoder",
     "model_type",
     "sep_token_id",
     "task_specific_params",
+    "tf_legacy_loss",
+    "tie_encoder_decoder",
     "tokenizer_class",
     "torch_dtype",
     "torchscript",
     "transformers_version",
     "unk_token_id",
+    "use_bfloat16",
 }
 # Fields of any config of Transformers that mean the same in ours, with their defaults.
 CARRIED = {
@@ -45,8 +54,8 @@ CARRIED = {
     "return_dict": True,
 }
 # Old configs also hold defaults for generation.
-GENERATION = {name for name in GenerationConfig().to_dict() if not name.endswith("_token_id")}
-GENERATION -= {"use_cache", *BOOKKEEPING, *CARRIED}
+GENERATION = set(GenerationConfig().to_dict())
+GENERATION -= {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", *BOOKKEEPING, *CARRIED}
 
 
 class Fields:
@@ -111,8 +120,22 @@ class Fields:
     def only(self, name: str, *allowed: Any, reason: str) -> None:
         """Raises an error for any value but those `allowed`. The first one is the default."""
         value = self.value(name, default=allowed[0])
-        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
+        if not _is_one_of(value, allowed):
             raise self.refusal(name, reason)
+
+    def trained_with(self, target: str, wanted: Mapping[str, Any]) -> None:
+        """Raises an error that names all fields whose values `target` cannot express.
+
+        Args:
+            target: What needs the values, such as "a BLOOM".
+            wanted: The value of each field, or a tuple of possible ones. The first is recommended.
+        """
+        allowed = {name: value if isinstance(value, tuple) else (value,) for name, value in wanted.items()}
+        misfits = [name for name, values in allowed.items() if not _is_one_of(self.value(name), values)]
+        if misfits:
+            here = ", ".join(f"{name}={shown(self._fields[name])}" for name in misfits)
+            needed = ", ".join(f"{name}={allowed[name][0]!r}" for name in misfits)
+            raise UserError(f"{self.owner}: {here} cannot be converted: {target} needs a model trained with {needed}")
 
     def token(self, name: str, default: Any = None) -> Any:
         """Returns a token id, a list of them, or `None`."""
@@ -121,12 +144,6 @@ class Fields:
         if value is not None and not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
             raise self.refusal(name, "it must be a token id, a list of them, or null")
         return value
-
-    def every_key(self, target: str) -> None:
-        """Refuse head windows that leave out more than rounding: a model elsewhere looks at every key."""
-        if self.number("window_tolerance") > LOSSLESS:
-            reason = f"{target} looks at every key, so it needs a model trained with window_tolerance={LOSSLESS!r}"
-            raise self.refusal("window_tolerance", f"{reason} or less")
 
     def neutral(self, name: str, *kinds: type) -> None:
         """Accepts any value of these types, because the field does not change what the model computes."""
@@ -153,6 +170,7 @@ class Fields:
         self.only("is_encoder_decoder", False, reason="an encoder has no place here")
         self.only("add_cross_attention", False, reason="cross-attention has no place here")
         self.only("quantization_config", None, reason="convert the checkpoint that was not quantised")
+        self.only("prefix", None, reason="no text is put before a prompt here")
         self.only("pruned_heads", {}, None, reason="heads that are missing have no place here")
         self._unread -= BOOKKEEPING | GENERATION
         carried = {}
@@ -171,4 +189,16 @@ class Fields:
 
     def refusal(self, name: str, reason: str) -> UserError:
         """Returns the error that refuses the field `name`."""
-        return UserError(f"{self.owner}: {self.prefix}{name}={self._fields.get(name)!r} cannot be converted: {reason}")
+        return UserError(
+            f"{self.owner}: {self.prefix}{name}={shown(self._fields.get(name))} cannot be converted: {reason}"
+        )
+
+
+def shown(value: Any) -> str:
+    """Returns `value` for a message, without the rest of a long list."""
+    return shorten(repr(value), 80, placeholder=" ...")
+
+
+def _is_one_of(value: Any, allowed: Collection[Any]) -> bool:
+    """Whether `value` is in `allowed`, where 1 is not True."""
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)

@@ -27,7 +27,7 @@ from ..errors import UserError
 from ..model.configuration_alibi_gpt import AlibiGPTConfig
 from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM
 from . import naive
-from .fields import LOSSLESS, Fields
+from .fields import LOSSLESS, Fields, shown
 from .rules import QKV, Plan, Rule, joined, renames, scaled
 
 TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
@@ -117,7 +117,7 @@ def choose(config: AlibiGPTConfig) -> Architecture:
     nearest = {name: found for name, found in misfits.items() if len(found) == least}
     needs = [
         f"{name} needs one trained with "
-        + ", ".join(f"{field}={value!r} (here {getattr(config, field)!r})" for field, value in found.items())
+        + ", ".join(f"{field}={value!r} (here {shown(getattr(config, field))})" for field, value in found.items())
         for name, found in nearest.items()
     ]
     reasons = {field: REASONS[field] for found in nearest.values() for field in found if field in REASONS}

@@ -5,7 +5,7 @@ in one matrix and clipped at `clip_qkv`. Source: github.com/mosaicml/llm-foundry
 
 Transformers' class ignores `alibi_bias_max`, `expansion_ratio`, `logit_scale`, `no_bias=False`, `norm_type`,
 `attn_type` and the fields of llm-foundry. Here they have the same meaning as in training, and a model that uses one of
-them is compared with the formula instead of that class.
+them is compared with the formula instead of that class. That class also fails beyond `max_seq_len` tokens.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..model.configuration_alibi_gpt import AlibiGPTConfig
 from . import naive
-from .fields import ONE_DROPOUT, Fields
+from .fields import LOSSLESS, ONE_DROPOUT, Fields
 from .rules import QKV, Plan, Read, Rule, joined, renames, scaled, stacked
 
 ARCHITECTURES = ("MptForCausalLM", "MPTForCausalLM", "MptModel", "MPTModel")
@@ -95,6 +95,7 @@ def read(source: Fields) -> Plan:
     source.neutral("residual_coeff", float)
     source.neutral("use_pad_tok_in_ffn", bool)
     source.neutral("name", str)
+    source.neutral("tokenizer_name", str)
     source.neutral("loss_fn", str)
     _only_torch(source, "fc_type")
     fused = attention.flag("fused_qkv", default=True)
@@ -201,6 +202,7 @@ def _plan(fields: dict[str, Any], scale: float | None, logit_scale: float | None
         folded=folded,
         differs=differs,
         reference=None if is_heeded else reference,
+        max_length=fields["training_length"] if is_heeded else None,
     )
 
 
@@ -254,7 +256,7 @@ def reference(config: dict[str, Any], read: Read, tokens: Tensor) -> Tensor:
 def write(config: AlibiGPTConfig, ours: Fields) -> Plan:
     """Returns the plan for the equal MPT of Transformers. Raises `UserError` for what that class cannot compute."""
     fields = ours.common(("AlibiGPTForCausalLM",))
-    for name, value in {
+    wanted = {
         "num_key_value_heads": config.num_attention_heads,
         "head_dim": config.hidden_size // config.num_attention_heads,
         "intermediate_size": 4 * config.hidden_size,
@@ -271,8 +273,9 @@ def write(config: AlibiGPTConfig, ours: Fields) -> Plan:
         "norm_bias": False,
         "embedding_norm": False,
         "use_parallel_residual": False,
-    }.items():
-        ours.only(name, value, reason=f"Transformers' MPT needs a model trained with {name}={value!r}")
+        "window_tolerance": min(config.window_tolerance, LOSSLESS),
+    }
+    ours.trained_with("Transformers' MPT", wanted)
     ours.only("attention_dropout", 0, reason="the config of Transformers' MPT only accepts whole numbers")
     attention = {"clip_qkv": ours.number("clip_qkv", default=None), "alibi": True}
     fields |= {
@@ -292,6 +295,5 @@ def write(config: AlibiGPTConfig, ours: Fields) -> Plan:
         "pad_token_id": ours.token("pad_token_id"),
         "attn_config": attention,
     }
-    ours.every_key("an MPT")
     rules = [Rule(("blocks.{}.attn.Wqkv",), QKV, back=joined), *renames(RENAMES | {"norm_f": "model.norm"})]
-    return Plan(fields, rules, prefix=PREFIX)
+    return Plan(fields, rules, prefix=PREFIX, max_length=fields["max_seq_len"])

@@ -56,6 +56,7 @@ class Plan:
         reference: The source's formula in float64, if Transformers has no class that follows this config.
         is_near_class: Whether the difference from Transformers' class is stated as well, though there is a formula.
         checks: Values of tensors that are not converted, by name. Other values raise an error.
+        max_length: Tokens that Transformers' class can read at most, if it has a limit and is run.
     """
 
     fields: dict[str, Any]
@@ -67,6 +68,7 @@ class Plan:
     reference: Reference | None = None
     is_near_class: bool = False
     checks: dict[str, Tensor] = field(default_factory=dict)
+    max_length: int | None = None
 
 
 def renames(table: dict[str, str]) -> list[Rule]:

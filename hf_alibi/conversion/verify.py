@@ -113,7 +113,9 @@ def class_logits(checkpoint: Checkpoint, tokens: Tensor) -> tuple[Tensor, str]:
         raise UserError(f"Transformers cannot load {checkpoint.folder}: {shorten(str(error), 300)}") from error
     with computing_in_float32(model):
         logits = model(tokens[None]).logits[0]
-    name = f"Transformers' {type(model).__name__}"
+    name = type(model).__name__
+    if type(model).__module__.startswith("transformers."):
+        name = f"Transformers' {name}"
     del model
     gc.collect()
     return logits, name

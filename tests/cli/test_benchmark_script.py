@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+from hf_alibi.benchmark import converted, subjects
 from hf_alibi.benchmark import measuring as benchmarking
-from hf_alibi.benchmark import subjects
 from hf_alibi.benchmark.measuring import MeasuringArguments, compare, peak_mib
 from hf_alibi.cli import benchmark as benchmark_command
 from hf_alibi.errors import UserError
+from hf_alibi.model.cache_names import CACHE_NAME
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 TINY = ["--rounds", "2", "--threads", "1", "--device", "cpu", "--no_measure_memory"]
@@ -131,12 +133,63 @@ def test_generation(main: Main, tmp_path: Path, longest: int) -> None:
 
 def test_chunks_and_cache_give_the_tokens_of_the_whole_text() -> None:
     shape = subjects.Shape(32, 1, 2, 64, max_positions=80, dtype="float32", device="cpu")
-    for name, model in subjects.DECODERS.items():
-        decoder = subjects.Decoder(name, shape, context=70, chunk_size=32)
-        text = torch.cat([subjects.random_tokens(shape, 70), decoder.token], dim=1)
+    for name in subjects.DECODERS:
+        build, make_cache = subjects.way_to_decode(name, shape)
+        decoder = subjects.Decoder(build, make_cache, context=70, chunk_size=32)
+        text = torch.cat([subjects.random_tokens(build(), 70), decoder.token], dim=1)
         decoder()
-        expected = subjects.build_model(model, shape)(input_ids=text).logits[:, -2:].argmax(-1)
+        expected = build()(input_ids=text).logits[:, -2:].argmax(-1)
         assert torch.equal(torch.cat([text[:, -1:], decoder.token], dim=1), expected), name
+
+
+def test_converted(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lengths = ["--train_lengths", "20", "--prefill_lengths", "20", "40", "--contexts", "30", "90"]
+    options = ["--new_tokens", "2", "--chunk_size", "40", "--error_positions", "8", "80"]
+    size = ["--hidden_size", "48", "--num_layers", "1", "--num_heads", "6", "--vocab_size", "64"]
+    result = run(main, tmp_path, "converted", *lengths, *options, *size, *TINY)
+    names = [name for family in converted.FAMILIES for name in (family, f"{family}, converted")]
+    assert {r["implementation"] for r in result["records"]} == set(names)
+    for name in names:
+        found = [(r["task"], r["length"]) for r in result["records"] if r["implementation"] == name]
+        assert found == [
+            ("training step", 20), ("prefill", 20), ("prefill", 40), ("decoding", 30), ("decoding", 90),
+        ]  # fmt: skip
+    for record in result["records"]:
+        assert record["reason"] is None
+        assert record["implementation"] not in converted.FAMILIES or record["ratio"] == 1
+        # There are 2 warm-up calls, and 2 rounds of 2 tokens.
+        cache = 2 * 48 * 4 * (record["length"] + 6) / 2**20 if record["task"] == "decoding" else None
+        assert record["cache_mib"] == cache or "converted" in record["implementation"]
+    assert [(r["implementation"], r["length"]) for r in result["errors"]] == list(product(names, (8, 80)))
+    assert "mean error" in capsys.readouterr().out
+
+
+def test_converted_models_decode_with_the_cache_of_generate(tmp_path: Path) -> None:
+    shape = subjects.Shape(48, 1, 6, 64, max_positions=64, dtype="float32", device="cpu")
+    for name, folder in converted.save_both("BLOOM", shape, tmp_path).items():
+        model = converted.load(folder, "float32", "cpu")
+        make_cache = subjects.dynamic_cache if name == "BLOOM" else subjects.own_cache
+        input_ids = subjects.random_tokens(model, 8)
+        output = model.generate(input_ids, max_new_tokens=2, pad_token_id=0, return_dict_in_generate=True)
+        assert type(output[CACHE_NAME]) is type(make_cache(model)), name
+
+
+def test_errors_of_converted_models_are_those_of_bfloat16(tmp_path: Path) -> None:
+    """The exact model differs from neither in float32, and the column bias of BLOOM loses bits at far positions."""
+    shape = subjects.Shape(48, 1, 6, 64, max_positions=800, dtype="float32", device="cpu")
+    folders = converted.save_both("BLOOM", shape, tmp_path)
+    own, ours = (converted.load(folder, "float32", "cpu") for folder in folders.values())
+    input_ids = subjects.random_tokens(ours, 800)
+    with torch.no_grad():
+        exact = converted.load(folders["BLOOM, converted"], "float64", "cpu", "eager")(input_ids).logits
+        for model in (own, ours):
+            torch.testing.assert_close(model(input_ids).logits.double(), exact, rtol=0, atol=1e-4)
+        half = converted.load(folders["BLOOM"], "bfloat16", "cpu")(input_ids).logits
+    records = converted.errors_by_position(folders, [20, 800], "cpu")
+    errors = {(r["implementation"], r["length"]): r["mean_error"] for r in records}
+    assert errors["BLOOM", 800] == pytest.approx((half - exact)[0, 768:].abs().mean().item())
+    assert errors["BLOOM", 20] == pytest.approx((half - exact)[0, :20].abs().mean().item())
+    assert errors["BLOOM", 800] > 2 * errors["BLOOM, converted", 800] > 0
 
 
 def test_peak_memory_is_that_of_the_call_alone() -> None:

@@ -8,7 +8,7 @@ import conversion_sources as sources
 import pytest
 import torch
 from hub_server import IGNORE_UPLOAD_WARNING, HubServer
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, constants
 from tiny import VOCAB_SIZE, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM, GenerationConfig
 
@@ -80,8 +80,11 @@ def test_a_source_on_the_hub_comes_without_its_code(
         HfApi().upload_folder(repo_id="tester/source", folder_path=source)
         convert("tester/source", tmp_path / "ours")
         assert not any("modeling_evil.py" in request for request in server.requests if request.startswith("GET"))
-        with pytest.raises(UserError, match="there is no repository tester/absent"):
+        with pytest.raises(UserError, match="there is no folder tester/absent, and from the Hub: there is no repo"):
             convert("tester/absent", tmp_path / "absent")
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        with pytest.raises(UserError, match=r"no folder runs/typo, .* the download of runs/typo broke off: .*refused"):
+            convert("runs/typo", tmp_path / "absent")
     card = ModelCard.load(tmp_path / "ours" / "README.md")
     assert card.data.base_model == "tester/source"
 

@@ -125,6 +125,8 @@ def test_what_every_config_has_travels_along(kind: str) -> None:
     [
         (falcon.read, {}, "alibi=None cannot be converted: only models with ALiBi"),
         (falcon.read, {"alibi": True, "num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn=2"),
+        (falcon.read_refined_web, {"alibi": True}, "the config of It has no multi_query"),
+        (bloom.read, {"prefix": "Question: "}, "prefix='Question: ' .* no text is put before"),
         (
             falcon.read,
             {"alibi": True, "new_decoder_architecture": True, "parallel_attn": False},
@@ -316,5 +318,5 @@ def test_wrong_arguments_are_refused(tmp_path: Path, arguments: dict[str, Any], 
 
 
 def test_ours_is_no_source_without_a_target(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is of type 'alibi_gpt'; known are bloom"):
+    with pytest.raises(UserError, match="is an AlibiGPT already; --to says what it becomes: bloom, mpt or gguf"):
         convert(save_checkpoint(tmp_path / "tiny"), tmp_path / "ours")

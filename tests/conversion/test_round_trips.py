@@ -89,7 +89,7 @@ def test_a_model_of_ours_computes_the_same_in_transformers_class(
         sequence = theirs.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=0)
         assert torch.equal(sequence, ours.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=0))
     facts = json.loads((tmp_path / "theirs" / "conversion.json").read_text())
-    assert facts["verification"]["against"] == "Transformers' AlibiGPTForCausalLM"
+    assert facts["verification"]["against"] == "AlibiGPTForCausalLM"
     assert max(facts["verification"][way] for way in ("full", "padded", "cached")) < 1e-5
     assert "## Conversion" in (tmp_path / "theirs" / "README.md").read_text()
 
@@ -130,5 +130,24 @@ def test_every_field_of_ours_is_held_or_refused(tmp_path: Path, to: str) -> None
         AlibiGPTForCausalLM(AlibiGPTConfig(**wanted)).save_pretrained(tmp_path / name)
         with pytest.raises(UserError, match=f"{name}=") as refusal:
             convert(tmp_path / name, tmp_path / "theirs", to=to)
-        if name != "hidden_act":
-            assert f"trained with {name}=" in str(refusal.value) or name == "attention_dropout"
+        assert f"trained with {name}=" in str(refusal.value) or name == "attention_dropout"
+
+
+def test_a_refusal_names_everything_that_does_not_fit(tmp_path: Path) -> None:
+    AlibiGPTForCausalLM(AlibiGPTConfig(**SHAPE | {"qk_norm": True, "alibi_slopes": [0.1] * 6})).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(UserError) as refusal:
+        convert(tmp_path, tmp_path / "theirs", to="bloom")
+    assert str(refusal.value) == (
+        "for BLOOM: alibi_slopes=[0.1, 0.1, 0.1, 0.1, 0.1, 0.1], qk_norm=True, norm_type='rmsnorm', "
+        "embedding_norm=False, hidden_act='relu2' cannot be converted: a BLOOM needs a model trained with "
+        "alibi_slopes=None, qk_norm=False, norm_type='layernorm', embedding_norm=True, hidden_act='gelu_pytorch_tanh'"
+    )
+    many = [0.0123456789] * 64
+    fields = SHAPE | {"alibi_slopes": many, "hidden_size": 128, "num_attention_heads": 64, "num_key_value_heads": 64}
+    AlibiGPTForCausalLM(AlibiGPTConfig(**fields)).save_pretrained(tmp_path / "many")
+    for to in ("bloom", "mpt"):
+        with pytest.raises(UserError) as refusal:
+            convert(tmp_path / "many", tmp_path / "theirs", to=to)
+        assert len(str(refusal.value)) < 500

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.models.falcon import modeling_falcon
 
+from hf_alibi import AlibiGPTConfig
 from hf_alibi.conversion import convert
 from hf_alibi.conversion.checkpoint import Checkpoint
 from hf_alibi.conversion.convert import SOURCES
@@ -230,3 +231,92 @@ def test_the_row_of_the_padding_token_is_kept(tmp_path: Path) -> None:
     assert model.config.pad_token_id == 3
     assert torch.equal(model.model.embed_tokens.weight, AutoModelForCausalLM.from_pretrained(source).lm_head.weight)
     assert model.model.embed_tokens.weight[3].abs().max() > 0
+
+
+def test_a_text_is_cut_to_what_the_class_can_read(tmp_path: Path) -> None:
+    """The class of MPT fails beyond `max_seq_len`, as a source and as a target."""
+    source = sources.mpt(tmp_path / "source", 6, max_seq_len=64)
+    convert(source, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back", to="mpt")
+    for folder in ("ours", "back"):
+        facts = json.loads((tmp_path / folder / "conversion.json").read_text())["verification"]
+        assert facts["num_tokens"] == 64
+        assert max(facts[way] for way in ("full", "padded", "cached")) < 1e-5
+
+
+def test_a_falcon_with_its_former_name_is_read(tmp_path: Path) -> None:
+    source = sources.falcon(tmp_path / "source", 6)
+    convert(source, tmp_path / "ours")
+    config = json.loads((source / "config.json").read_text())
+    for new, old in (("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head")):
+        config[old] = config.pop(new)
+    former = {
+        "model_type": "RefinedWebModel",
+        "architectures": ["RWForCausalLM"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    former |= {"multi_query": False, "parallel_attn": False}
+    (source / "config.json").write_text(json.dumps(config | former))
+    again = convert(source, tmp_path / "again")
+    assert again.config.eos_token_id == 2
+    for name, weight in loaded(tmp_path / "ours").state_dict().items():
+        assert torch.equal(again.state_dict()[name].float(), weight), name
+
+
+# Fields of well-known configs, and of those that other tools write, beside the ones in `conversion_sources`.
+PUBLIC: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom-560m": (
+        "bloom",
+        {
+            "attention_softmax_in_fp32": True, "bias_dropout_fusion": True, "masked_softmax_fusion": True,
+            "n_embed": 1024, "n_inner": None, "n_layer": 24, "num_attention_heads": 16, "offset_alibi": 100,
+            "pad_token_id": 3, "pretraining_tp": 1, "skip_bias_add": True, "skip_bias_add_qkv": False,
+            "slow_but_exact": False, "unk_token_id": 0, "use_cache": True, "vocab_size": 250880,
+        },
+    ),
+    "bloom-of-deepspeed-chat": (
+        "bloom", {"hidden_size": 1024, "n_head": 16, "dropout": 0.0, "end_token_id": 2, "eos_token_id": 2}
+    ),
+    "mpt-7b": (
+        "mpt",
+        {
+            "architectures": ["MPTForCausalLM"], "d_model": 4096, "emb_pdrop": 0, "embedding_fraction": 1.0,
+            "expansion_ratio": 4, "init_config": {"name": "kaiming_normal_", "verbose": 0}, "init_device": "cpu",
+            "attn_config": {
+                "alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "attn_pdrop": 0,
+                "attn_type": "multihead_attention", "attn_uses_sequence_id": False, "clip_qkv": None,
+                "prefix_lm": False, "qk_ln": False, "softmax_scale": None,
+            },
+            "learned_pos_emb": True, "logit_scale": None, "max_seq_len": 2048, "n_heads": 32, "n_layers": 32,
+            "no_bias": True, "norm_type": "low_precision_layernorm", "resid_pdrop": 0, "use_cache": False,
+            "tokenizer_name": "EleutherAI/gpt-neox-20b", "verbose": 0, "vocab_size": 50432,
+        },
+    ),
+    "falcon-rw-1b": (
+        "RefinedWebModel",
+        {
+            "alibi": True, "architectures": ["RWForCausalLM"], "bias": True, "bos_token_id": 1, "eos_token_id": 2,
+            "apply_residual_connection_post_layernorm": False, "attention_dropout": 0.0, "hidden_dropout": 0.0,
+            "hidden_size": 2048, "multi_query": False, "n_head": 32, "n_layer": 24, "parallel_attn": False,
+        },
+    ),
+    "anything-of-transformers-4": (
+        "bloom",
+        {
+            "is_decoder": False, "cross_attention_hidden_size": None, "tie_encoder_decoder": False, "prefix": None,
+            "finetuning_task": None, "use_bfloat16": False, "tf_legacy_loss": False, "torchscript": False,
+            "decoder_start_token_id": None, "forced_bos_token_id": None, "forced_eos_token_id": None,
+            "bad_words_ids": None, "num_beam_groups": 1, "early_stopping": False, "pruned_heads": {},
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_configs_of_published_models_are_understood(name: str) -> None:
+    kind, config = PUBLIC[name]
+    source, read = SOURCES[kind]
+    fields = Fields(config | {"model_type": kind, "transformers_version": "4.28.1"}, source)
+    AlibiGPTConfig(**read(fields).fields)
+    fields.finish()

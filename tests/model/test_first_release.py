@@ -7,23 +7,28 @@ code that travels with a checkpoint is always of the release that saved it.
 
 ``fixtures/first-release`` was saved by release 0.1.0 and is never saved again: two models that between them take every
 choice of the config, and in ``expected.safetensors`` tokens with the last logits and the greedy continuation that the
-release computed from them. A release that adds choices adds a folder.
+release computed from them. A release that adds choices adds a folder: ``second-release`` has ``mlp_gated``,
+``clip_qkv``, ``use_parallel_residual``, ``alibi_scaling`` and ``training_length`` by that name.
 """
 
+import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_alibi import AlibiGPTConfig
 from hf_alibi.hub.checkpoints import load_causal_lm
 
-FOLDER = Path(__file__).parents[1] / "fixtures" / "first-release"
+FOLDER = Path(__file__).parents[1] / "fixtures"
+CHECKPOINTS = ["first-release/qk-norm", "first-release/layer-norm", "second-release/gated", "second-release/dynamic"]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["qk-norm", "layer-norm"])
-def test_a_checkpoint_of_the_first_release_computes_what_it_did(name: str) -> None:
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_of_an_earlier_release_computes_what_it_did(name: str) -> None:
     model, tokenizer = load_causal_lm(FOLDER / name, device="cpu")
     expected = load_file(FOLDER / name / "expected.safetensors")
     input_ids = expected["input_ids"]
@@ -33,3 +38,12 @@ def test_a_checkpoint_of_the_first_release_computes_what_it_did(name: str) -> No
     sequence = model.generate(input_ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
     assert torch.equal(sequence[:, input_ids.shape[1] :], expected["continuation"])
     assert torch.equal(tokenizer("the quick brown fox", return_tensors="pt")["input_ids"], expected["tokens"])
+
+
+def test_every_field_of_the_config_is_in_a_checkpoint() -> None:
+    """A new field needs a checkpoint in a folder of the release that adds it."""
+    saved = {
+        name for checkpoint in CHECKPOINTS for name in json.loads((FOLDER / checkpoint / "config.json").read_text())
+    }
+    own = {field.name for field in fields(AlibiGPTConfig)}
+    assert own - {field.name for field in fields(AlibiGPTConfig.__mro__[1])} <= saved
