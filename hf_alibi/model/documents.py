@@ -69,8 +69,8 @@ class Pass(NamedTuple):
         keys: `[batch, keys]`, positions.
         key_mask: `[batch, keys]`, False at padding and in unused slots of a static cache.
         past: Number of cached tokens. It may be a tensor while tracing.
-        tracing: Whether values of tensors are unknown: the pass is compiled, exported or traced, or its tensors have no
-            data (`recording.has_values`).
+        tracing: Whether values of tensors are unknown: the pass is compiled, exported or traced, or its tensors have
+            no data (`recording.has_values`).
     """
 
     slots: Tensor

@@ -37,8 +37,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..model.configuration_alibi_gpt import AlibiGPTConfig
 from ..model.layers import AlibiGPTAttention
 from ..model.layout import TokenLayout
-from ..model.modeling_alibi_gpt import AlibiGPTModel
-from .base import PositionedCausalLM, UnbiasedConfig
+from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM, AlibiGPTModel
+from .base import UnbiasedConfig
 
 # Integers below this number have at most 10 bits, so TF32 represents them.
 COARSE = 1024
@@ -49,6 +49,7 @@ class FoxGPTConfig(UnbiasedConfig):
     """Configuration of the model with forgetting gates."""
 
     model_type = "fox_gpt"
+    _auto_map = {"AutoConfig": "fox.FoxGPTConfig"}
     base_model_tp_plan = AlibiGPTConfig.base_model_tp_plan | {"layers.*.self_attn.forget_proj": "colwise"}
 
 
@@ -117,14 +118,19 @@ class FoxGPTModel(AlibiGPTModel):
     """The decoder with forgetting gates."""
 
     config: FoxGPTConfig
+    _auto_map = FoxGPTConfig._auto_map | {
+        "AutoModel": "fox.FoxGPTModel",
+        "AutoModelForCausalLM": "fox.FoxGPTForCausalLM",
+    }
     attention_class = FoxGPTAttention
     has_linear_bias = False
 
 
-class FoxGPTForCausalLM(PositionedCausalLM):
+class FoxGPTForCausalLM(AlibiGPTForCausalLM):
     """The language model with forgetting gates."""
 
     config: FoxGPTConfig
+    _auto_map = FoxGPTModel._auto_map
     decoder_class = FoxGPTModel
 
     def _get_static_cache_init_shape(self) -> None:
