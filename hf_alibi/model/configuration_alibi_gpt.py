@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 from .alibi import alibi_slopes
-from .saved_code import save_code
+from .saved_code import UploadsCode, save_code
 from .unknown_fields import nearest_field, warn_of_unknown_fields
 from .windows import WindowGuarantee, qk_norm_guarantee
 
@@ -80,7 +80,7 @@ def _one_training_length(training_length: int | None, first_name: int | None) ->
 
 
 @strict
-class AlibiGPTConfig(PreTrainedConfig):
+class AlibiGPTConfig(UploadsCode, PreTrainedConfig):
     """Configuration of a decoder-only language model with ALiBi in place of position embeddings.
 
     The defaults give the shape of the WikiText-103 models of Press et al. (arXiv 2108.12409, section 4), with RMSNorm,

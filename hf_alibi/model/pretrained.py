@@ -15,10 +15,10 @@ from .attention import backend
 from .cache_names import only_cache
 from .configuration_alibi_gpt import AlibiGPTConfig
 from .flash import HOW_TO_GET_FLASH_ATTENTION
-from .saved_code import save_code
+from .saved_code import UploadsCode, save_code
 
 
-class AlibiGPTPreTrainedModel(PreTrainedModel):
+class AlibiGPTPreTrainedModel(UploadsCode, PreTrainedModel):
     """The base class of all AlibiGPT models, which initializes, saves and loads weights."""
 
     config: AlibiGPTConfig

@@ -27,18 +27,35 @@ def files_beside(names: Iterable[str]) -> dict[str, str]:
 files_of: Callable[[Iterable[str]], dict[str, str]] = files_beside
 
 
-def save_code(auto_map: dict[str, str], folder: str | os.PathLike) -> None:
-    """Writes the code that `auto_map` names into a folder, which is created if it does not exist.
+def code_of(auto_map: dict[str, str]) -> dict[str, str]:
+    """Returns the files of code that a checkpoint needs, their content by name.
 
     Args:
         auto_map: Module and class by Auto class, such as "modeling_alibi_gpt.AlibiGPTModel".
-        folder: The folder of a checkpoint.
     """
+    # The names in order, each once.
+    return files_of(dict.fromkeys(target.partition(".")[0] for target in auto_map.values()))
+
+
+def save_code(auto_map: dict[str, str], folder: str | os.PathLike) -> None:
+    """Writes the code of a checkpoint into a folder, which is created if it does not exist."""
     if os.path.isfile(folder):
         # Transformers says what is wrong.
         return
     os.makedirs(folder, exist_ok=True)
-    # The names in order, each once.
-    names = dict.fromkeys(target.partition(".")[0] for target in auto_map.values())
-    for name, text in files_of(names).items():
+    for name, text in code_of(auto_map).items():
         (Path(folder) / name).write_text(text, encoding="utf-8", newline="\n")
+
+
+class UploadsCode:
+    """Makes `save_pretrained(push_to_hub=True)` upload the code, for a config or a model with an `_auto_map`.
+
+    Transformers uploads what has changed since it looked at the folder, and the code is written before that.
+    """
+
+    _auto_map: dict[str, str]
+
+    def _get_files_timestamps(self, working_dir: str | os.PathLike) -> dict[str, float]:
+        """Returns when files were changed, without the code, so that it counts as new."""
+        timestamps = super()._get_files_timestamps(working_dir)  # type: ignore[misc]
+        return {name: time for name, time in timestamps.items() if name not in code_of(self._auto_map)}
