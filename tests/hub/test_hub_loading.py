@@ -194,7 +194,8 @@ def test_saving_with_an_upload_includes_the_code(world: World, tmp_path: Path, i
         world.model.save_pretrained(tmp_path)
         (tmp_path / "modeling_alibi_gpt.py").write_text("# Old code.\n")
     world.model.save_pretrained(tmp_path, push_to_hub=True, repo_id=name)
-    world.model.config.save_pretrained(tmp_path / "config", push_to_hub=True, repo_id=f"{name}-config")
+    # Transformers splits this path, so it must be a string.
+    world.model.config.save_pretrained(str(tmp_path / "config"), push_to_hub=True, repo_id=f"{name}-config")
     by_script, uploaded = world.hub.files("tester/books"), world.hub.files(name)
     code = {file: content for file, content in by_script.items() if file.endswith(".py")}
     assert {file: content for file, content in uploaded.items() if file.endswith(".py")} == code
