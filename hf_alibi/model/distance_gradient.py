@@ -39,7 +39,8 @@ def backward_by_distance(
         query: `[batch, heads, queries, head_dim]`. The queries belong to the last keys.
         key: `[batch, key_value_heads, keys, head_dim]`.
         value: `[batch, key_value_heads, keys, head_dim]`.
-        line: `[heads, offsets]`, the result of `causal_line`, with at least min(DISTANCE_BLOCK, queries) - 1 offsets ahead.
+        line: `[heads, offsets]`, the result of `causal_line`, with at least min(DISTANCE_BLOCK, queries) - 1 offsets
+            ahead.
         output: `[batch, heads, queries, head_dim]`, the result of the forward pass.
         logsumexp: `[batch, heads, queries]`, the logarithm of the sum of exponentials in each softmax.
         scaling: Factor of the scores before the bias is added.
@@ -68,6 +69,12 @@ def backward_by_distance(
             grad_value[:, :, columns] += _of_groups(weights.mT @ do, groups)
             grad_line[:, first + start : first + start + sum(size) - 1] += _diagonal_sums(grad_scores.sum(0))
     return grad_query, grad_key, grad_value, grad_line[:, :num_keys].flip(1)
+
+
+def computed_scores(num_queries: int, num_keys: int) -> int:
+    """Returns how many scores of a head `backward_by_distance` computes."""
+    blocks = range(0, num_queries, DISTANCE_BLOCK)
+    return sum(min(DISTANCE_BLOCK, num_queries - first) * (num_keys - first) for first in blocks)
 
 
 def _of_groups(states: Tensor, groups: int) -> Tensor:

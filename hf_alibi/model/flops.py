@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .distance_gradient import computed_scores
 from .recording import has_values
 from .tiles import Tile, key_tiles, query_tiles
 
@@ -57,6 +58,9 @@ def register_flops(forward: Any, backward: Any, slope_columns: Callable[[int], i
         of_slopes: bool,
         **_: Any,
     ) -> int:
+        if of_slopes and slopes.dim() == 2:
+            scores = query.shape[0] * query.shape[1] * computed_scores(query.shape[2], key.shape[2])
+            return BACKWARD_PRODUCTS * 2 * query.shape[3] * scores
         tiles = _tiles(key_tiles, query, key, windows)
         return BACKWARD_PRODUCTS * sum(
             _scores(tile, query) * 2 * (query.shape[3] + (slope_columns(tile.num_keys) if of_slopes else 0))

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..model.configuration_alibi_gpt import AlibiGPTConfig
+from ..model.inputs import without_autocast
 from ..model.layers import AlibiGPTAttention
 from ..model.layout import TokenLayout
 from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM, AlibiGPTModel
@@ -100,7 +101,7 @@ class FoxGPTAttention(AlibiGPTAttention):
         query = torch.cat([torch.stack(columns_of_queries, -1).to(dtype), query.to(dtype) * scaling], dim=-1)
         key = torch.cat([torch.stack(columns_of_keys, -1).to(dtype), key], dim=-1)
         # Autocast would round sums to 16 bits. Kernels need values of the width of keys.
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query.device.type):
             output, weights = super().attend(query, key, F.pad(value, (0, room)), layout, scaling=1.0, **kwargs)
         return output[..., : self.head_dim].to(query_dtype), weights
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..model.configuration_alibi_gpt import AlibiGPTConfig
 from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM, AlibiGPTModel
-from ..model.recording import is_recorded
+from ..model.recording import has_values
 from .base import UnbiasedConfig
 
 
@@ -58,7 +58,7 @@ class LearnedGPTModel(AlibiGPTModel):
             ValueError: If there is no vector for a position.
         """
         # While code is recorded, positions are unknown. The lookup then raises an error of its own.
-        if not is_recorded():
+        if has_values(positions):
             lowest, highest = (int(position) for position in positions.aminmax())
             limit = self.position_embeddings.num_embeddings
             # Padding before the first token has the position -1.

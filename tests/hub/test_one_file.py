@@ -39,7 +39,10 @@ def test_every_definition_arrives_once_and_unchanged() -> None:
     assert all(docstring and docstring in "".join(merged.values()) for docstring in docstrings)
 
 
-@pytest.mark.parametrize("name", ["modeling_alibi_gpt", "none", "rotary", "sinusoidal"])
+OTHERS = sorted({path.stem for path in (PACKAGE / "positions").glob("*.py")} - {"__init__", "base", "distance"})
+
+
+@pytest.mark.parametrize("name", ["modeling_alibi_gpt", *OTHERS])
 def test_the_files_read_as_if_written_by_hand(name: str, tmp_path: Path) -> None:
     for file, text in files_of([name]).items():
         (tmp_path / file).write_text(text)

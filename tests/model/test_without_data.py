@@ -44,7 +44,7 @@ HEADS: dict[str, tuple[dict[str, Tensor], tuple[int, ...]]] = {
     "AlibiGPTForTokenClassification": ({"labels": ONES}, (BATCH, LENGTH, 2)),
     "AlibiGPTForQuestionAnswering": ({"start_positions": CLASSES, "end_positions": CLASSES}, (BATCH, LENGTH)),
 }
-POSITIONS = ["Nope", "Rotary", "Sinusoidal"]
+POSITIONS = [name.removesuffix("GPTConfig") for name in positions.__all__ if name.endswith("Config")]
 SHAPE = {"vocab_size": 97, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6, "pad_token_id": 0}
 Mover = Callable[[Tensor], Tensor]
 
