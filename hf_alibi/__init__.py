@@ -9,6 +9,8 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from .hub.one_file import files_of
+from .model import saved_code
 from .model.alibi import alibi_bias, alibi_slopes
 from .model.cache import WindowedCache
 from .model.configuration_alibi_gpt import AlibiGPTConfig
@@ -21,6 +23,9 @@ from .model.modeling_alibi_gpt import (
     AlibiGPTPreTrainedModel,
 )
 from .version import __version__ as __version__
+
+# Saved models get two files of code, which are made of the many files of the package.
+saved_code.files_of = files_of
 
 AutoConfig.register(AlibiGPTConfig.model_type, AlibiGPTConfig)
 AutoModel.register(AlibiGPTConfig, AlibiGPTModel)

@@ -25,7 +25,7 @@ import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
-from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
+from transformers.dynamic_module_utils import get_relative_imports
 
 import hf_alibi
 
@@ -34,6 +34,7 @@ from ..model import modeling_alibi_gpt
 from ..version import __version__
 from .checkpoints import LOADING_ERRORS, load_config
 from .fresh_process import FreshProcessError, Request, run_fresh
+from .one_file import files_of
 from .publish import hub_errors
 
 AUTO_MAP = modeling_alibi_gpt.AlibiGPTPreTrainedModel._auto_map
@@ -83,8 +84,8 @@ def refresh(
         The commit, or what changed in the folder; None if nothing had to change, and after a dry run.
 
     Raises:
-        UserError: If the checkpoint is damaged or no AlibiGPT, an argument is wrong, a file of the author has the name
-            of one of ours, the outputs differ, or the Hub refuses or cannot be reached. Nothing has changed then.
+        UserError: If the checkpoint is damaged or no AlibiGPT, an argument is wrong, the outputs differ, or the Hub
+            refuses or cannot be reached. Nothing has changed then.
     """
     with masked(token):
         if Path(checkpoint).is_dir():
@@ -167,12 +168,6 @@ def find_change(folder: Path, name: str) -> Change:
     auto_map = config.get("auto_map") or {}
     old = old_code(folder, auto_map)
     new = new_code()
-    for file, content in new.items():
-        if file not in old and content_of(folder / file) not in (None, content):
-            raise UserError(
-                f"{name}: {file} is in the way; the model's code has a file of that name, and this one is no part of "
-                "it. Rename it first."
-            )
     others = {
         key: target
         for key, target in auto_map.items()
@@ -193,10 +188,8 @@ def content_of(path: Path) -> bytes | None:
 
 def new_code() -> dict[str, bytes]:
     """Returns the code that `save_pretrained` writes beside the weights, by file name."""
-    room = Path(str(modeling_alibi_gpt.__file__)).parent
-    roots = [room / module_file(target) for target in AUTO_MAP.values()]
-    imported = [Path(str(file)) for root in roots for file in get_relative_import_files(root)]
-    return {file.name: file.read_bytes() for file in [*roots, *imported]}
+    names = dict.fromkeys(target.partition(".")[0] for target in AUTO_MAP.values())
+    return {name: text.encode() for name, text in files_of(names).items()}
 
 
 def old_code(folder: Path, auto_map: dict[str, Any]) -> set[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from .recording import is_recorded
+from .recording import has_values
 
 HARMLESS = {
     # They decide what is returned, and `forward` reads them elsewhere.
@@ -65,12 +65,12 @@ def check_arguments(arguments: dict[str, Any], num_queries: int, cache: Cache | 
     Raises:
         ValueError: For the first such argument; the message names it.
     """
-    tracing = is_recorded()
     for name, value in arguments.items():
         if value is None or name in HARMLESS:
             continue
         if name in ALL_ZERO:
-            if not tracing and bool(torch.as_tensor(value).any()):
+            value = torch.as_tensor(value)
+            if has_values(value) and bool(value.any()):
                 raise ValueError(
                     f"{name} must be all zero, because this model has no token type embeddings. Leave it out; "
                     f"tokenizers do so with return_{name}=False."
@@ -82,7 +82,7 @@ def check_arguments(arguments: dict[str, Any], num_queries: int, cache: Cache | 
                 )
         elif name == "cache_position":
             past = 0 if cache is None else cache.get_seq_length()
-            if not tracing and value.flatten().tolist() != list(range(int(past), int(past) + num_queries)):
+            if has_values(value) and value.flatten().tolist() != list(range(int(past), int(past) + num_queries)):
                 raise ValueError(
                     f"cache_position={value.tolist()} does not fit {num_queries} new tokens after {int(past)} cached "
                     "ones; leave it out."

@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .alibi import causal_line
 from .distance_gradient import backward_by_distance
+from .flops import register_flops
 from .inputs import AttentionInputs
 from .private_torch import CPU_FLASH, CPU_FLASH_BACKWARD, TRANSFORMS_ARE_ACTIVE, has_own_operator
 from .recording import is_compiled
@@ -324,3 +325,8 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
 
 attention_in_tiles.register_autograd(_backward, setup_context=_save_for_backward)
 attention_in_tiles_backward.register_autograd(_no_second_derivative)
+register_flops(
+    getattr(torch.ops, NAMESPACE).attention_in_tiles,
+    getattr(torch.ops, NAMESPACE).attention_in_tiles_backward,
+    slope_columns=lambda num_keys: 1 + -(-num_keys // SLOPE_GRAIN),
+)

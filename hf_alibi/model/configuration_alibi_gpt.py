@@ -1,6 +1,7 @@
 """The configuration of an AlibiGPT model: its shape, and all options that change what it computes."""
 
 import math
+import os
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -9,6 +10,7 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 from .alibi import alibi_slopes
+from .saved_code import UploadsCode, save_code
 from .unknown_fields import nearest_field, warn_of_unknown_fields
 from .windows import WindowGuarantee, qk_norm_guarantee
 
@@ -78,7 +80,7 @@ def _one_training_length(training_length: int | None, first_name: int | None) ->
 
 
 @strict
-class AlibiGPTConfig(PreTrainedConfig):
+class AlibiGPTConfig(UploadsCode, PreTrainedConfig):
     """Configuration of a decoder-only language model with ALiBi in place of position embeddings.
 
     The defaults give the shape of the WikiText-103 models of Press et al. (arXiv 2108.12409, section 4), with RMSNorm,
@@ -141,7 +143,7 @@ class AlibiGPTConfig(PreTrainedConfig):
     """
 
     model_type = "alibi_gpt"
-    _auto_class = "AutoConfig"
+    _auto_map = {"AutoConfig": "configuration_alibi_gpt.AlibiGPTConfig"}
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
@@ -228,6 +230,12 @@ class AlibiGPTConfig(PreTrainedConfig):
             others = [name for name in kwargs if not hasattr(cls, name)]
             warn_of_unknown_fields(cls, [name for name in others if nearest_field(cls, name, similarity=0.8)])
         return super().from_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Saves the config with its code, so that it also loads where this package is not installed."""
+        self.auto_map = (getattr(self, "auto_map", None) or {}) | self._auto_map
+        save_code(self._auto_map, save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def max_position_embeddings(self) -> int:

@@ -19,7 +19,7 @@ from .alibi import bias_view
 # Queries and keys per block. The scores of a larger block do not stay in the processor's cache, a smaller one needs
 # more calls. At this size the backward pass takes about as long as that of trained slopes (PyTorch 2.13 on an AMD
 # EPYC); with 512 it takes half as long again.
-BLOCK = 128
+DISTANCE_BLOCK = 128
 
 
 def backward_by_distance(
@@ -39,7 +39,8 @@ def backward_by_distance(
         query: `[batch, heads, queries, head_dim]`. The queries belong to the last keys.
         key: `[batch, key_value_heads, keys, head_dim]`.
         value: `[batch, key_value_heads, keys, head_dim]`.
-        line: `[heads, offsets]`, the result of `causal_line`, with at least min(BLOCK, queries) - 1 offsets ahead.
+        line: `[heads, offsets]`, the result of `causal_line`, with at least min(DISTANCE_BLOCK, queries) - 1 offsets
+            ahead.
         output: `[batch, heads, queries, head_dim]`, the result of the forward pass.
         logsumexp: `[batch, heads, queries]`, the logarithm of the sum of exponentials in each softmax.
         scaling: Factor of the scores before the bias is added.
@@ -51,13 +52,13 @@ def backward_by_distance(
     # In reverse order, so that the bias is a view.
     query, grad_output, output, logsumexp = (states.flip(2) for states in (query, grad_output, output, logsumexp))
     sums = (grad_output * output).sum(-1, keepdim=True)
-    for first in range(0, num_queries, BLOCK):
-        rows = slice(first, min(first + BLOCK, num_queries))
+    for first in range(0, num_queries, DISTANCE_BLOCK):
+        rows = slice(first, min(first + DISTANCE_BLOCK, num_queries))
         q, do = query[:, :, rows], grad_output[:, :, rows]
         own = slice(num_queries - rows.stop, num_queries - rows.start)
         # The newest query of the block sees all keys but the last `first`.
-        for start in range(0, num_keys - first, BLOCK):
-            columns = slice(start, min(start + BLOCK, num_keys - first))
+        for start in range(0, num_keys - first, DISTANCE_BLOCK):
+            columns = slice(start, min(start + DISTANCE_BLOCK, num_keys - first))
             k, v = (states[:, :, columns].repeat_interleave(groups, 1) for states in (key, value))
             size = q.shape[2], k.shape[2]
             bias = bias_view(line, slice(0, heads), *size, corner=first + start)
@@ -68,6 +69,12 @@ def backward_by_distance(
             grad_value[:, :, columns] += _of_groups(weights.mT @ do, groups)
             grad_line[:, first + start : first + start + sum(size) - 1] += _diagonal_sums(grad_scores.sum(0))
     return grad_query, grad_key, grad_value, grad_line[:, :num_keys].flip(1)
+
+
+def computed_scores(num_queries: int, num_keys: int) -> int:
+    """Returns how many scores of a head `backward_by_distance` computes."""
+    blocks = range(0, num_queries, DISTANCE_BLOCK)
+    return sum(min(DISTANCE_BLOCK, num_queries - first) * (num_keys - first) for first in blocks)
 
 
 def _of_groups(states: Tensor, groups: int) -> Tensor:

@@ -69,7 +69,8 @@ class Pass(NamedTuple):
         keys: `[batch, keys]`, positions.
         key_mask: `[batch, keys]`, False at padding and in unused slots of a static cache.
         past: Number of cached tokens. It may be a tensor while tracing.
-        tracing: Whether the pass is compiled, exported or traced, so that values of tensors are unknown.
+        tracing: Whether values of tensors are unknown: the pass is compiled, exported or traced, or its tensors have
+            no data (`recording.has_values`).
     """
 
     slots: Tensor
@@ -285,7 +286,8 @@ def _starts_by_position(
     reach = (positions - start).clamp(min=0)
     gap = tokens.slots - _before(real, tokens.slots)
     step = positions - _before(real, positions)
-    too_far = torch.where(leads, (queries > 0) & (reach > tokens.slots), real & (step > gap))
+    # Some engines for exported models cannot choose between booleans.
+    too_far = (leads & (queries > 0) & (reach > tokens.slots)) | (real & ~leads & (step > gap))
     explained = too_far & False if known is None else too_far & (known == queries)
     goes_on = leads & (reach > 0) & (queries > 0) & ~explained
     begins = real & (leads | explained | (step < 1))
@@ -320,7 +322,7 @@ def _agreed(found: dict[str, Tensor], real: Tensor) -> Tensor:
 
 def _read(cache: Cache | None, past: int | Tensor) -> CachedDocuments:
     is_empty = cache is None or (isinstance(past, int) and past == 0)
-    return CachedDocuments() if is_empty else getattr(cache, NOTE, CachedDocuments())
+    return CachedDocuments() if is_empty else CachedDocuments(*getattr(cache, NOTE, ()))
 
 
 def _write(cache: Cache, tokens: Pass, first: Tensor, begins_with: Tensor | None, note: CachedDocuments) -> None:
@@ -330,4 +332,8 @@ def _write(cache: Cache, tokens: Pass, first: Tensor, begins_with: Tensor | None
         last = latest(tokens.real, begins_with)[:, -1]
         numbers = set(last[tokens.real.any(1)].tolist()) or {start}
         start = numbers.pop() if len(numbers) == 1 else None
-    setattr(cache, NOTE, CachedDocuments(start, several))
+    facts = CachedDocuments(start, several)
+    if facts != CachedDocuments() or hasattr(cache, NOTE):
+        # Transformers' exporters copy the attributes of a cache, but no named tuples. The usual facts are not stored,
+        # so that an exported step takes the cache of an exported prompt, which has no such attribute.
+        setattr(cache, NOTE, tuple(facts))

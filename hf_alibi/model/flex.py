@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inputs import QUERY_BLOCK, AttentionInputs, attention_inputs
+from .inputs import QUERY_BLOCK, AttentionInputs, attention_inputs, without_autocast
 from .layout import TokenLayout
 from .private_torch import MASKED_INDEX
 from .recording import is_compiled
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # make longer lists.
 BLOCK = 128
 # Greater than any position, yet small enough for differences of two such numbers in int32.
-FAR = 2**30
+HIDDEN = 2**30
 
 
 class Visibility(NamedTuple):
@@ -70,7 +70,7 @@ def flex_attention_forward(
     # windows save, and a compiled graph does not allow it.
     if not is_compiled() and query.shape[2] >= QUERY_BLOCK:
         inputs = inputs.with_lossless_windows(module.config.window_tolerance)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         output = alibi_flex_attention(inputs, layout)
     return output.transpose(1, 2).contiguous(), None
 
@@ -158,8 +158,8 @@ def _visibility(layout: TokenLayout, batch: int, num_queries: int, num_keys: int
     queries, keys = layout.queries.int(), layout.keys.int()
     if layout.key_mask is not None and layout.query_mask is not None:
         # Padding whose output is unused would see the keys of the token before it. Hiding everything saves blocks.
-        queries = queries.masked_fill(~layout.query_mask, -FAR)
-        keys = keys.masked_fill(~layout.key_mask, FAR)
+        queries = queries.masked_fill(~layout.query_mask, -HIDDEN)
+        keys = keys.masked_fill(~layout.key_mask, HIDDEN)
     queries, keys = queries.expand(batch, -1), keys.expand(batch, -1)
     lowest = torch.zeros_like(queries) if layout.first is None else layout.first.int()
     position, other, start = _lookup(queries), _lookup(keys), _lookup(lowest)
@@ -192,17 +192,17 @@ def _block_mask(queries: Tensor, keys: Tensor, lowest: Tensor, visible: Callable
     """Returns a mask that lists the blocks of keys for each block of queries, and vice versa.
 
     Args:
-        queries: `[batch or 1, queries]`, positions; -FAR for a query that sees nothing.
-        keys: `[batch or 1, keys]`, positions; FAR for a key that no query sees.
+        queries: `[batch or 1, queries]`, positions; -HIDDEN for a query that sees nothing.
+        keys: `[batch or 1, keys]`, positions; HIDDEN for a key that no query sees.
         lowest: `[batch or 1, queries]`, the lowest position that each query sees.
         visible: Returns whether a single query sees a single key.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    first_key, last_key = _extremes(keys, FAR)
-    _, last_real_key = _extremes(keys.masked_fill(keys == FAR, -FAR), -FAR)
-    first_query, last_query = (x.mT for x in _extremes(queries, -FAR))
-    first_lowest, last_lowest = (x.mT for x in _extremes(lowest, FAR))
+    first_key, last_key = _extremes(keys, HIDDEN)
+    _, last_real_key = _extremes(keys.masked_fill(keys == HIDDEN, -HIDDEN), -HIDDEN)
+    first_query, last_query = (x.mT for x in _extremes(queries, -HIDDEN))
+    first_lowest, last_lowest = (x.mT for x in _extremes(lowest, HIDDEN))
     needed = (first_key <= last_query) & (last_real_key >= first_lowest)
     whole = (last_key <= first_query) & (first_key >= last_lowest)
     partial = needed & ~whole

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import (
 
 from .cache_names import CACHE_NAME, only_cache
 from .outputs import as_asked
-from .recording import is_recorded
+from .recording import has_values
 
 IGNORED_LABEL = -100
 
@@ -303,7 +303,7 @@ def _refuse_packed_rows(
     **kwargs: Any,
 ) -> None:
     """Raises `ValueError` if a row holds several documents, which one label cannot describe."""
-    if is_recorded():
+    if not has_values(is_text):
         return
     packed = {
         "attention_mask": attention_mask is not None and bool((attention_mask > 1).any()),

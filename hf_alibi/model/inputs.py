@@ -3,6 +3,7 @@
 Each backend builds this value at the start of a call, all but `eager` with `attention_inputs`.
 """
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -92,12 +93,20 @@ def attention_inputs(
     """
     slopes, device = local_slopes(module, layout.slopes, query), query.device.type
     inputs = AttentionInputs(query, key, value, slopes, scaling, dropout)
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         inputs = inputs.to(torch.get_autocast_dtype(device))
     if layout.length is not None:
         keys = slice(layout.length)
         inputs = inputs._replace(key=inputs.key[:, :, keys], value=inputs.value[:, :, keys])
     return inputs
+
+
+def without_autocast(device: str) -> Any:
+    """Returns a context without autocast, which would round the bias to the low precision of the queries.
+
+    The meta device has no autocast.
+    """
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def local_slopes(module: Any, slopes: Tensor, query: Tensor) -> Tensor:

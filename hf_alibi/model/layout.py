@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from .alibi import alibi_bias
 from .documents import Packing, Pass, check_one_document, document_starts
-from .recording import is_exported, is_recorded
+from .recording import has_values, is_exported
 from .runs import Runs, find_runs
 
 
@@ -105,7 +105,7 @@ class TokenLayout(NamedTuple):
 
     def num_distances(self) -> int:
         """Returns a number that exceeds the distance of every query from every key that it may see."""
-        if self.mask is None or is_recorded():
+        if self.mask is None or not has_values(self.queries):
             return self.keys.shape[1]
         # The caller's positions may be further apart than there are keys.
         (first_query, last_query), (first_key, last_key) = self.queries.aminmax(), self.keys.aminmax()
@@ -188,7 +188,7 @@ def token_layout(
     if past_key_values is not None:
         past = past_key_values.get_seq_length()
         num_keys, _ = past_key_values.get_mask_sizes(num_queries, 0)
-    tracing = is_recorded()
+    tracing = not has_values(inputs_embeds)
     if isinstance(past, Tensor) and not tracing:
         past = int(past)
     slots = (torch.arange(num_queries, device=device) + past)[None]
@@ -205,7 +205,7 @@ def token_layout(
                 "An attention_mask with four dimensions alone decides which keys a query sees; leave out "
                 f"{', '.join(packing.names())}."
             )
-        _check_custom_mask(attention_mask, batch, len(slopes), num_queries, num_keys, tracing)
+        _check_custom_mask(attention_mask, batch, len(slopes), num_queries, num_keys)
         return _custom_layout(slopes, slots, keys, attention_mask, position_ids, past)
     if attention_mask is None and position_ids is None and not packing.names():
         check_one_document(past_key_values, past)
@@ -243,7 +243,7 @@ def _custom_layout(
     if position_ids is None:
         return TokenLayout(slopes, slots, keys, Shared(), mask=mask)
     queries = position_ids.to(slots.device)
-    if isinstance(past, int) and past > 0 and bool((queries.amin(1) != past).any()):
+    if has_values(queries) and isinstance(past, int) and past > 0 and bool((queries.amin(1) != past).any()):
         raise ValueError(
             f"position_ids must continue at {past}, not at {queries.amin(1).tolist()}: with an attention_mask of four "
             f"dimensions, the cached tokens have the positions 0 to {past - 1}. For other positions pass an "
@@ -253,7 +253,7 @@ def _custom_layout(
     return TokenLayout(slopes, queries, keys, Shared(), mask=mask)
 
 
-def _check_custom_mask(mask: Tensor, batch: int, heads: int, num_queries: int, num_keys: int, tracing: bool) -> None:
+def _check_custom_mask(mask: Tensor, batch: int, heads: int, num_queries: int, num_keys: int) -> None:
     if mask.shape[-2:] != (num_queries, num_keys):
         raise ValueError(
             f"The attention mask has shape {tuple(mask.shape)}; with four dimensions the last two must be the "
@@ -266,7 +266,7 @@ def _check_custom_mask(mask: Tensor, batch: int, heads: int, num_queries: int, n
         )
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"An attention mask with four dimensions must be boolean or float, not {mask.dtype}.")
-    if not tracing and mask.is_floating_point() and bool((mask == 1).any() & ((mask == 0) | (mask == 1)).all()):
+    if has_values(mask) and mask.is_floating_point() and bool((mask == 1).any() & ((mask == 0) | (mask == 1)).all()):
         raise ValueError(
             "An attention mask with four dimensions that is not boolean is added to the scores, but this one contains "
             "only ones and zeros. Make it boolean, or use 0 for visible and -inf for hidden."

@@ -40,7 +40,6 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
     `slopes`. They set `has_linear_bias` to False if their bias is not linear in the distance.
     """
 
-    _auto_class = "AutoModel"
     attention_class = AlibiGPTAttention
     has_linear_bias = True
 
@@ -250,7 +249,6 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
 class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, AlibiGenerationMixin):
     """The language model: the decoder and an output layer over the vocabulary."""
 
-    _auto_class = "AutoModelForCausalLM"
     decoder_class = AlibiGPTModel
     _table_of_names = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -328,21 +326,18 @@ class AlibiGPTWithHead(AlibiGPTPreTrainedModel):
 class AlibiGPTForSequenceClassification(SequenceClassificationHead, AlibiGPTWithHead):
     """The decoder and a linear layer that classifies a text from its last token."""
 
-    _auto_class = "AutoModelForSequenceClassification"
     _table_of_names = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
 
 
 class AlibiGPTForTokenClassification(TokenClassificationHead, AlibiGPTWithHead):
     """The decoder and a linear layer that classifies every token."""
 
-    _auto_class = "AutoModelForTokenClassification"
     _table_of_names = "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"
 
 
 class AlibiGPTForQuestionAnswering(QuestionAnsweringHead, AlibiGPTWithHead):
     """The decoder and a linear layer that scores every token as start and end of the answer."""
 
-    _auto_class = "AutoModelForQuestionAnswering"
     _table_of_names = "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"
 
 

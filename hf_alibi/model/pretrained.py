@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -14,9 +15,10 @@ from .attention import backend
 from .cache_names import only_cache
 from .configuration_alibi_gpt import AlibiGPTConfig
 from .flash import HOW_TO_GET_FLASH_ATTENTION
+from .saved_code import UploadsCode, save_code
 
 
-class AlibiGPTPreTrainedModel(PreTrainedModel):
+class AlibiGPTPreTrainedModel(UploadsCode, PreTrainedModel):
     """The base class of all AlibiGPT models, which initializes, saves and loads weights."""
 
     config: AlibiGPTConfig
@@ -28,8 +30,7 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_flash_attn = True
     _can_compile_fullgraph = True
-    _auto_map = {
-        "AutoConfig": "configuration_alibi_gpt.AlibiGPTConfig",
+    _auto_map = AlibiGPTConfig._auto_map | {
         "AutoModel": "modeling_alibi_gpt.AlibiGPTModel",
         "AutoModelForCausalLM": "modeling_alibi_gpt.AlibiGPTForCausalLM",
         "AutoModelForQuestionAnswering": "modeling_alibi_gpt.AlibiGPTForQuestionAnswering",
@@ -61,13 +62,17 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
         weights = (weight for name, weight in self.named_parameters() if not name.endswith("bias_log_slopes"))
         return next(weight.dtype for weight in weights if weight.is_floating_point())
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
         """Saves the model with its code, so that it also loads where this package is not installed.
 
         With `trust_remote_code=True`, the Auto classes then load the code from the folder.
         """
         self.config.auto_map = dict(self._auto_map)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        if is_main_process and not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0):
+            save_code(self._auto_map, save_directory)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         """Checks, before weights are loaded, that the backend supports ALiBi and is installed.

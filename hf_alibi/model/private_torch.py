@@ -6,6 +6,7 @@
 | `CPU_FLASH_BACKWARD` | the gradients of `CPU_FLASH`, given its two results | the same as for `CPU_FLASH` |
 | `TRANSFORMS_ARE_ACTIVE` | whether a transform of `torch.func` is active, which the model's custom operator does not support | the same as for `CPU_FLASH`; PyTorch raises an error for what it cannot differentiate |
 | `MASKED_INDEX` | an element of a table, in code that FlexAttention compiles for the CPU, without naming a size | plain indexing, which some PyTorch versions fail to compile there |
+| `is_fake` | whether a tensor has only a shape, dtype and device, because `FakeTensorMode` made it | PyTorch raises an error for a mask or positions without data |
 | `is_static` | whether a compiled graph knows the value of a size | graphs are made for any size, which is slower |
 
 A missing name is `None`. A checkpoint still loads and gives right results, and the last column applies. A test for
@@ -25,6 +26,11 @@ MASKED_INDEX: Any = getattr(torch.ops.aten, "_unsafe_masked_index", None)
 def has_own_operator() -> bool:
     """Whether this PyTorch has everything that the model's custom CPU operator needs."""
     return all(part is not None for part in (CPU_FLASH, CPU_FLASH_BACKWARD, TRANSFORMS_ARE_ACTIVE))
+
+
+def is_fake(states: torch.Tensor) -> bool:
+    """Whether a tensor was made by `FakeTensorMode`, so that it has no data."""
+    return hasattr(states, "fake_mode")
 
 
 def is_static(size: Any) -> bool:

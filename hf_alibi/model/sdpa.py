@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .cache import HeldKeys
 from .causal import attention_in_runs, causal_attention, is_one_operator, kernel
-from .inputs import QUERY_BLOCK, AttentionInputs, attention_inputs
+from .inputs import QUERY_BLOCK, AttentionInputs, attention_inputs, without_autocast
 from .layout import TokenLayout
 from .recording import has_any_length, is_exported
 
@@ -44,8 +44,7 @@ def sdpa_attention_forward(
     device, in_tiles = query.device.type, layout.length is not None or layout.runs is not None
     if device == "cpu" and in_tiles:
         inputs = inputs.with_lossless_windows(module.config.window_tolerance)
-    # Autocast would round the bias to the low precision of the queries.
-    with torch.autocast(device, enabled=False):
+    with without_autocast(device):
         if layout.length is not None:
             output = causal_attention(inputs)
         elif layout.runs is not None:
@@ -86,7 +85,7 @@ def _windowed(query: Tensor, held: list[HeldKeys], layout: TokenLayout, scaling:
         ring = group.ring
         slopes = layout.slopes[ring.heads]
         inputs = AttentionInputs(query[:, ring.heads], group.keys, group.values, slopes, scaling)
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query.device.type):
             if not group.only_future_is_hidden(layout):
                 part = _masked(inputs, group.layout(layout))
             elif group.in_order:

@@ -35,10 +35,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..model.configuration_alibi_gpt import AlibiGPTConfig
+from ..model.inputs import without_autocast
 from ..model.layers import AlibiGPTAttention
 from ..model.layout import TokenLayout
-from ..model.modeling_alibi_gpt import AlibiGPTModel
-from .base import PositionedCausalLM, UnbiasedConfig
+from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM, AlibiGPTModel
+from .base import UnbiasedConfig
 
 # Integers below this number have at most 10 bits, so TF32 represents them.
 COARSE = 1024
@@ -49,6 +50,7 @@ class FoxGPTConfig(UnbiasedConfig):
     """Configuration of the model with forgetting gates."""
 
     model_type = "fox_gpt"
+    _auto_map = {"AutoConfig": "fox.FoxGPTConfig"}
     base_model_tp_plan = AlibiGPTConfig.base_model_tp_plan | {"layers.*.self_attn.forget_proj": "colwise"}
 
 
@@ -99,7 +101,7 @@ class FoxGPTAttention(AlibiGPTAttention):
         query = torch.cat([torch.stack(columns_of_queries, -1).to(dtype), query.to(dtype) * scaling], dim=-1)
         key = torch.cat([torch.stack(columns_of_keys, -1).to(dtype), key], dim=-1)
         # Autocast would round sums to 16 bits. Kernels need values of the width of keys.
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query.device.type):
             output, weights = super().attend(query, key, F.pad(value, (0, room)), layout, scaling=1.0, **kwargs)
         return output[..., : self.head_dim].to(query_dtype), weights
 
@@ -117,14 +119,19 @@ class FoxGPTModel(AlibiGPTModel):
     """The decoder with forgetting gates."""
 
     config: FoxGPTConfig
+    _auto_map = FoxGPTConfig._auto_map | {
+        "AutoModel": "fox.FoxGPTModel",
+        "AutoModelForCausalLM": "fox.FoxGPTForCausalLM",
+    }
     attention_class = FoxGPTAttention
     has_linear_bias = False
 
 
-class FoxGPTForCausalLM(PositionedCausalLM):
+class FoxGPTForCausalLM(AlibiGPTForCausalLM):
     """The language model with forgetting gates."""
 
     config: FoxGPTConfig
+    _auto_map = FoxGPTModel._auto_map
     decoder_class = FoxGPTModel
 
     def _get_static_cache_init_shape(self) -> None:

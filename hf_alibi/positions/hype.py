@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..model.alibi import alibi_slopes
 from ..model.configuration_alibi_gpt import AlibiGPTConfig
-from .base import PositionedCausalLM
+from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM
 from .distance import DistanceBias, DistanceConfig, DistanceGPTModel
 
 # Greatest argument of sinh, whose value is then 3e34. float32 has no value at 90, and infinity has no gradient.
@@ -31,6 +31,7 @@ class HypeGPTConfig(DistanceConfig):
     """Configuration of the model with hyperbolic biases."""
 
     model_type = "hype_gpt"
+    _auto_map = {"AutoConfig": "hype.HypeGPTConfig"}
 
 
 class HypeBias(DistanceBias):
@@ -60,13 +61,18 @@ class HypeGPTModel(DistanceGPTModel):
     """The decoder with hyperbolic biases."""
 
     config: HypeGPTConfig
+    _auto_map = HypeGPTConfig._auto_map | {
+        "AutoModel": "hype.HypeGPTModel",
+        "AutoModelForCausalLM": "hype.HypeGPTForCausalLM",
+    }
     bias_class = HypeBias
 
 
-class HypeGPTForCausalLM(PositionedCausalLM):
+class HypeGPTForCausalLM(AlibiGPTForCausalLM):
     """The language model with hyperbolic biases."""
 
     config: HypeGPTConfig
+    _auto_map = HypeGPTModel._auto_map
     decoder_class = HypeGPTModel
 
 

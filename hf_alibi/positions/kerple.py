@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..model.configuration_alibi_gpt import AlibiGPTConfig
-from .base import PositionedCausalLM
+from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM
 from .distance import DistanceBias, DistanceConfig, DistanceGPTModel
 
 # Smallest first value of r1 and r2, as in the authors' code.
@@ -30,6 +30,7 @@ class KerpleGPTConfig(DistanceConfig):
     """Configuration of the model with KERPLE's logarithmic bias."""
 
     model_type = "kerple_gpt"
+    _auto_map = {"AutoConfig": "kerple.KerpleGPTConfig"}
 
 
 class KerpleBias(DistanceBias):
@@ -55,13 +56,18 @@ class KerpleGPTModel(DistanceGPTModel):
     """The decoder with KERPLE's logarithmic bias."""
 
     config: KerpleGPTConfig
+    _auto_map = KerpleGPTConfig._auto_map | {
+        "AutoModel": "kerple.KerpleGPTModel",
+        "AutoModelForCausalLM": "kerple.KerpleGPTForCausalLM",
+    }
     bias_class = KerpleBias
 
 
-class KerpleGPTForCausalLM(PositionedCausalLM):
+class KerpleGPTForCausalLM(AlibiGPTForCausalLM):
     """The language model with KERPLE's logarithmic bias."""
 
     config: KerpleGPTConfig
+    _auto_map = KerpleGPTModel._auto_map
     decoder_class = KerpleGPTModel
 
 

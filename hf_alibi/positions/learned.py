@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..model.configuration_alibi_gpt import AlibiGPTConfig
-from ..model.modeling_alibi_gpt import AlibiGPTModel
-from ..model.recording import is_recorded
-from .base import PositionedCausalLM, UnbiasedConfig
+from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM, AlibiGPTModel
+from ..model.recording import has_values
+from .base import UnbiasedConfig
 
 
 @strict
@@ -25,6 +25,7 @@ class LearnedGPTConfig(UnbiasedConfig):
     """Configuration of the model with learned positions. `training_length` is the number of positions."""
 
     model_type = "learned_gpt"
+    _auto_map = {"AutoConfig": "learned.LearnedGPTConfig"}
 
     @property
     def max_position_embeddings(self) -> int:
@@ -41,6 +42,10 @@ class LearnedGPTModel(AlibiGPTModel):
     """The decoder with learned positions."""
 
     config: LearnedGPTConfig
+    _auto_map = LearnedGPTConfig._auto_map | {
+        "AutoModel": "learned.LearnedGPTModel",
+        "AutoModelForCausalLM": "learned.LearnedGPTForCausalLM",
+    }
 
     def __init__(self, config: AlibiGPTConfig) -> None:
         super().__init__(config)
@@ -53,7 +58,7 @@ class LearnedGPTModel(AlibiGPTModel):
             ValueError: If there is no vector for a position.
         """
         # While code is recorded, positions are unknown. The lookup then raises an error of its own.
-        if not is_recorded():
+        if has_values(positions):
             lowest, highest = (int(position) for position in positions.aminmax())
             limit = self.position_embeddings.num_embeddings
             # Padding before the first token has the position -1.
@@ -66,10 +71,11 @@ class LearnedGPTModel(AlibiGPTModel):
         return inputs_embeds + self.position_embeddings(positions.clamp(min=0)).to(inputs_embeds.dtype)
 
 
-class LearnedGPTForCausalLM(PositionedCausalLM):
+class LearnedGPTForCausalLM(AlibiGPTForCausalLM):
     """The language model with learned positions."""
 
     config: LearnedGPTConfig
+    _auto_map = LearnedGPTModel._auto_map
     decoder_class = LearnedGPTModel
 
 

@@ -11,7 +11,8 @@ Source: Kazemnejad et al., "The Impact of Positional Encoding on Length Generali
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .base import PositionedCausalLM, UnbiasedConfig
+from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM
+from .base import UnbiasedConfig
 
 
 @strict
@@ -19,12 +20,17 @@ class NopeGPTConfig(UnbiasedConfig):
     """Configuration of the model without positions."""
 
     model_type = "nope_gpt"
+    _auto_map = {"AutoConfig": "none.NopeGPTConfig"}
 
 
-class NopeGPTForCausalLM(PositionedCausalLM):
+class NopeGPTForCausalLM(AlibiGPTForCausalLM):
     """The language model without positions."""
 
     config: NopeGPTConfig
+    _auto_map = NopeGPTConfig._auto_map | {
+        "AutoModel": "modeling_alibi_gpt.AlibiGPTModel",
+        "AutoModelForCausalLM": "none.NopeGPTForCausalLM",
+    }
 
 
 AutoConfig.register(NopeGPTConfig.model_type, NopeGPTConfig)

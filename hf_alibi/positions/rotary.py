@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..model.layers import AlibiGPTAttention
 from ..model.layout import TokenLayout
-from ..model.modeling_alibi_gpt import AlibiGPTModel
-from .base import PositionedCausalLM, UnbiasedConfig
+from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM, AlibiGPTModel
+from .base import UnbiasedConfig
 
 BASE = 10_000.0
 
@@ -28,6 +28,7 @@ class RotaryGPTConfig(UnbiasedConfig):
     """Configuration of the model with rotary positions. `head_dim` must be even."""
 
     model_type = "rotary_gpt"
+    _auto_map = {"AutoConfig": "rotary.RotaryGPTConfig"}
 
     def validate_architecture(self) -> None:
         """Checks what `AlibiGPTConfig` checks, and `head_dim`.
@@ -77,13 +78,18 @@ class RotaryGPTModel(AlibiGPTModel):
     """The decoder with rotary positions."""
 
     config: RotaryGPTConfig
+    _auto_map = RotaryGPTConfig._auto_map | {
+        "AutoModel": "rotary.RotaryGPTModel",
+        "AutoModelForCausalLM": "rotary.RotaryGPTForCausalLM",
+    }
     attention_class = RotaryGPTAttention
 
 
-class RotaryGPTForCausalLM(PositionedCausalLM):
+class RotaryGPTForCausalLM(AlibiGPTForCausalLM):
     """The language model with rotary positions."""
 
     config: RotaryGPTConfig
+    _auto_map = RotaryGPTModel._auto_map
     decoder_class = RotaryGPTModel
 
 

@@ -30,8 +30,8 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..model.modeling_alibi_gpt import AlibiGPTModel
-from .base import PositionedCausalLM, UnbiasedConfig
+from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM, AlibiGPTModel
+from .base import UnbiasedConfig
 
 # Root mean square of token embeddings.
 TOKEN_SIZE = 0.3
@@ -48,6 +48,7 @@ class SinusoidalGPTConfig(UnbiasedConfig):
     """
 
     model_type = "sinusoidal_gpt"
+    _auto_map = {"AutoConfig": "sinusoidal.SinusoidalGPTConfig"}
     sinusoid_scale: int | float = 0.125
     mimetic_init: bool = True
 
@@ -82,6 +83,10 @@ class SinusoidalGPTModel(AlibiGPTModel):
     """The decoder with sinusoidal positions."""
 
     config: SinusoidalGPTConfig
+    _auto_map = SinusoidalGPTConfig._auto_map | {
+        "AutoModel": "sinusoidal.SinusoidalGPTModel",
+        "AutoModelForCausalLM": "sinusoidal.SinusoidalGPTForCausalLM",
+    }
 
     def with_positions(self, inputs_embeds: Tensor, positions: Tensor) -> Tensor:
         """Adds the sinusoids of the positions to the normed embeddings."""
@@ -110,10 +115,11 @@ class SinusoidalGPTModel(AlibiGPTModel):
                 nn.init.constant_(module.weight, QUERY_GAIN)
 
 
-class SinusoidalGPTForCausalLM(PositionedCausalLM):
+class SinusoidalGPTForCausalLM(AlibiGPTForCausalLM):
     """The language model with sinusoidal positions."""
 
     config: SinusoidalGPTConfig
+    _auto_map = SinusoidalGPTModel._auto_map
     decoder_class = SinusoidalGPTModel
 
 

@@ -20,7 +20,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .base import PositionedCausalLM
+from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM
 from .distance import DistanceBias, DistanceConfig, DistanceGPTModel
 
 
@@ -34,6 +34,7 @@ class T5GPTConfig(DistanceConfig):
     """
 
     model_type = "t5_gpt"
+    _auto_map = {"AutoConfig": "t5.T5GPTConfig"}
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
 
@@ -92,13 +93,18 @@ class T5GPTModel(DistanceGPTModel):
     """The decoder with T5's bias."""
 
     config: T5GPTConfig
+    _auto_map = T5GPTConfig._auto_map | {
+        "AutoModel": "t5.T5GPTModel",
+        "AutoModelForCausalLM": "t5.T5GPTForCausalLM",
+    }
     bias_class = T5Bias
 
 
-class T5GPTForCausalLM(PositionedCausalLM):
+class T5GPTForCausalLM(AlibiGPTForCausalLM):
     """The language model with T5's bias."""
 
     config: T5GPTConfig
+    _auto_map = T5GPTModel._auto_map
     decoder_class = T5GPTModel
 
 

@@ -187,6 +187,22 @@ def test_three_ways_to_publish_upload_the_same_model(world: World) -> None:
     assert by_trainer["tokenizer.json"] == by_script["tokenizer.json"]
 
 
+@pytest.mark.parametrize("in_use", [False, True], ids=["new folder", "folder in use"])
+def test_saving_with_an_upload_includes_the_code(world: World, tmp_path: Path, in_use: bool) -> None:
+    name = f"tester/saved-{in_use}".lower()
+    if in_use:
+        world.model.save_pretrained(tmp_path)
+        (tmp_path / "modeling_alibi_gpt.py").write_text("# Old code.\n")
+    world.model.save_pretrained(tmp_path, push_to_hub=True, repo_id=name)
+    # Transformers splits this path, so it must be a string.
+    world.model.config.save_pretrained(str(tmp_path / "config"), push_to_hub=True, repo_id=f"{name}-config")
+    by_script, uploaded = world.hub.files("tester/books"), world.hub.files(name)
+    code = {file: content for file, content in by_script.items() if file.endswith(".py")}
+    assert {file: content for file, content in uploaded.items() if file.endswith(".py")} == code
+    own = world.hub.files(f"{name}-config")["configuration_alibi_gpt.py"]
+    assert own == code["configuration_alibi_gpt.py"]
+
+
 def test_shards_take_the_place_of_earlier_weights(world: World) -> None:
     present = world.hub.files("tester/books")
     shards = sorted(name for name in present if name.endswith(".safetensors"))

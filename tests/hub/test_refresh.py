@@ -10,6 +10,7 @@ import pytest
 from damage import edit_config, pickle_weights, save_baseline
 from hub_server import IGNORE_UPLOAD_WARNING, READ_TOKEN, HubServer
 from huggingface_hub import HfApi, constants
+from many_files import write_many_files
 from tiny import save_checkpoint
 
 from hf_alibi import AlibiGPTForSequenceClassification
@@ -34,7 +35,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def make_old(folder: Path, crater: Path) -> None:
-    """Changes the code of a checkpoint to that of another release: one file has another name, and one is missing."""
+    """Changes the code of a checkpoint to that of another release: many files, and one has another name."""
+    write_many_files(folder)
     (folder / "cache_names.py").rename(folder / "names_of_caches.py")
     for file in folder.glob("*.py"):
         file.write_text(file.read_text().replace("from .cache_names import", "from .names_of_caches import"))
@@ -78,8 +80,9 @@ def test_old_code_is_replaced_and_other_files_stay(
     refresh_command.main([str(old), "--dry-run", "--trust-remote-code"])
     assert contents(old) == before
     listing = capsys.readouterr().out
-    assert "  write   cache_names.py\n" in listing
+    assert "  write   modeling_alibi_gpt.py\n" in listing
     assert "  delete  names_of_caches.py\n" in listing
+    assert "  delete  windows.py\n" in listing
     assert "outputs differ from those of the old code by 0 of the largest" in listing
     assert (tmp_path / "crater").read_text() == "[]", "the old code saw a token"
 
@@ -88,7 +91,7 @@ def test_old_code_is_replaced_and_other_files_stay(
     assert not (tmp_path / "crater").exists(), "the old code ran without being trusted"
     assert "outputs differ from those of the package's own model by" in capsys.readouterr().out
     after = contents(old)
-    kept = {name for name in before if name not in {*new_code(), "config.json", "names_of_caches.py"}}
+    kept = {name for name in before if not name.endswith(".py") and name != "config.json"} | {"handler.py"}
     assert after.keys() == kept | new_code().keys() | {"config.json"}
     assert {"model.safetensors", "handler.py", "tokenizer.json"} <= kept
     assert all(after[name] == before[name] for name in kept)
@@ -133,16 +136,11 @@ def test_a_classifier_is_compared_by_its_own_outputs(tmp_path: Path, capsys: pyt
     assert new_code().items() <= contents(folder).items()
 
 
-def put_in_the_way(folder: Path) -> None:
-    (folder / "cache_names.py").write_text("NAMES = []\n")
-
-
 REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "baseline": (save_baseline, {}, "is a 'sinusoidal_gpt' checkpoint; only alibi_gpt can be refreshed"),
     "head": (lambda folder: edit_config(folder, architectures=["Other"]), {}, r"holds \['Other'\]; expected one of"),
     "field": (lambda folder: edit_config(folder, num_key_value_heads=3), {}, "cannot share 3 key-value"),
     "pickle": (pickle_weights, {}, "pickled weights can run code and are never read"),
-    "in the way": (put_in_the_way, {}, "cache_names.py is in the way; .* Rename it first"),
     "weights": (lambda folder: edit_config(folder, num_hidden_layers=3), {}, "lacks weights that its config asks for"),
     "revision": (lambda folder: None, {"revision": "v2"}, "is a folder; revision and create_pr are for repositories"),
 }
@@ -191,8 +189,9 @@ def test_a_repository_gets_one_commit_or_a_pull_request(hub: HubServer, capsys: 
     assert not hub.uploads, "weights are not sent again"
     code = {name: content for name, content in refreshed.items() if name.endswith(".py")}
     assert code == new_code() | {"handler.py": before["handler.py"]}
-    for name in before.keys() - code.keys() - {"config.json", "names_of_caches.py"}:
-        assert refreshed[name] == before[name]
+    for name in before:
+        if not name.endswith(".py") and name != "config.json":
+            assert refreshed[name] == before[name]
     # The client asks this once a day. It does not concern the package.
     assert set(hub.unknown) <= {"GET /api/agent-harnesses"}
 

@@ -1,17 +1,22 @@
-"""The code that is saved with a checkpoint: flat, complete, and importing only torch and transformers."""
+"""The code that is saved with a checkpoint: two files, complete, and importing only torch and transformers."""
 
+import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from fresh import Request, run_fresh
+from fresh import Request, link_packages, run_fresh
+from many_files import write_many_files
 from torch import Tensor
-from transformers.dynamic_module_utils import get_imports, get_relative_import_files
+from transformers.dynamic_module_utils import get_imports
 
-import hf_alibi
 from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM
+from hf_alibi.positions import RotaryGPTConfig, RotaryGPTForCausalLM
 
 INPUT_IDS = [list(range(3, 43)), list(range(43, 83))]
 # Longer than the length up to which windows are ignored.
@@ -37,13 +42,22 @@ def new_windowed_model() -> AlibiGPTForCausalLM:
     return new_model("AutoModelForCausalLM", window_tolerance=0.5, head_dim=4)
 
 
+def new_rotary_model() -> RotaryGPTForCausalLM:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 97, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6}
+    return RotaryGPTForCausalLM(RotaryGPTConfig(initializer_range=0.2, **shape)).eval()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved model for every Auto class, in a folder named after the class, and one with narrow windows."""
+    """A saved model for every Auto class, in a folder named after the class, and three others."""
     folder = tmp_path_factory.mktemp("checkpoints")
     for auto_class in HEADS:
         new_model(auto_class).save_pretrained(folder / auto_class)
     new_windowed_model().save_pretrained(folder / "windows")
+    shutil.copytree(folder / "AutoModelForCausalLM", folder / "many files")
+    write_many_files(folder / "many files")
+    new_rotary_model().save_pretrained(folder / "rotary")
     return folder
 
 
@@ -53,6 +67,7 @@ def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, T
     requests = {name: Request(str(folder / name), INPUT_IDS, auto_class=name) for name in HEADS}
     requests["AutoModelForCausalLM"].caches = ["dynamic", "static"]
     requests["windows"] = Request(str(folder / "windows"), LONG_INPUT_IDS)
+    requests |= {name: Request(str(folder / name), INPUT_IDS) for name in ("many files", "rotary")}
     return run_fresh(requests, tmp_path_factory.mktemp("fresh"), {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
 
 
@@ -86,18 +101,109 @@ def test_windows_without_the_package(found: dict[str, Tensor]) -> None:
     assert not close(found["windows logits"], model(torch.tensor(LONG_INPUT_IDS)).logits)
 
 
-def test_what_travels_is_what_the_model_imports(folder: Path) -> None:
-    package = Path(hf_alibi.__file__).parent / "model"
-    imported = get_relative_import_files(package / "modeling_alibi_gpt.py")
-    expected = {"modeling_alibi_gpt.py"} | {Path(file).name for file in imported}
+@torch.no_grad()
+def test_a_checkpoint_with_a_file_for_every_part_still_loads(found: dict[str, Tensor]) -> None:
+    assert found["many files is remote"]
+    assert torch.equal(found["many files logits"], found["AutoModelForCausalLM logits"])
+
+
+@torch.no_grad()
+def test_other_positions_load_without_the_package(found: dict[str, Tensor]) -> None:
+    assert found["rotary is remote"]
+    assert close(found["rotary logits"], new_rotary_model()(torch.tensor(INPUT_IDS)).logits)
+
+
+def code(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.glob("*.py")}
+
+
+def test_two_files_travel(folder: Path) -> None:
     for name in HEADS:
-        saved = {file.name: file.read_bytes() for file in (folder / name).glob("*.py")}
-        assert saved == {file: (package / file).read_bytes() for file in expected}
+        assert code(folder / name).keys() == {"configuration_alibi_gpt.py", "modeling_alibi_gpt.py"}
+        assert code(folder / name) == code(folder / "AutoModel")
+    assert code(folder / "rotary") == code(folder / "AutoModel") | {
+        "rotary.py": (folder / "rotary" / "rotary.py").read_bytes()
+    }
 
 
 def test_it_needs_nothing_but_torch_and_transformers(folder: Path) -> None:
     # Transformers requires huggingface_hub.
     allowed = sys.stdlib_module_names | {"torch", "transformers", "huggingface_hub"}
-    for file in (folder / "AutoModel").glob("*.py"):
+    for file in (*(folder / "AutoModel").glob("*.py"), folder / "rotary" / "rotary.py"):
         assert set(get_imports(file)) <= allowed, file
         assert "from . import" not in file.read_text(), f"{file}: the loader would leave that behind"
+
+
+# Saves what it loads, three times, without the package.
+GENERATIONS = """
+import sys
+sys.modules["hf_alibi"] = None
+from pathlib import Path
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+trusted = {"trust_remote_code": True}
+folder = Path(sys.argv[1])
+for name in ("AutoModelForCausalLM", "rotary"):
+    source = folder / name
+    for generation in ("second", "third", "fourth"):
+        model = AutoModelForCausalLM.from_pretrained(source, **trusted)
+        source = folder / f"{name} {generation}"
+        model.save_pretrained(source)
+    model.config.save_pretrained(folder / f"{name} config")
+    AutoConfig.from_pretrained(folder / f"{name} config", **trusted)
+    AutoModelForCausalLM.from_config(model.config, **trusted).save_pretrained(folder / f"{name} new")
+    # Neither the decoder nor this class was loaded by an Auto class.
+    model.model.save_pretrained(folder / f"{name} decoder")
+model_class = get_class_from_dynamic_module("modeling_alibi_gpt.AlibiGPTForCausalLM", folder / "AutoModelForCausalLM")
+model_class.from_pretrained(folder / "AutoModelForCausalLM").save_pretrained(folder / "by class")
+"""
+
+
+@pytest.fixture(scope="module")
+def generations(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder, to which a process without this package has added what it saved."""
+    scratch = tmp_path_factory.mktemp("generations")
+    (scratch / "program.py").write_text(GENERATIONS)
+    link_packages(["torch", "transformers"], scratch / "site-packages")
+    variables = {"HF_HOME": str(scratch / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    variables["PYTHONPATH"] = str(scratch / "site-packages")
+    command = [sys.executable, "-P", "-S", str(scratch / "program.py"), str(folder)]
+    done = subprocess.run(command, env=os.environ | variables, cwd=scratch, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", ["AutoModelForCausalLM", "rotary"])
+def test_code_survives_saving_without_the_package(generations: Path, name: str) -> None:
+    first = generations / name
+    auto_map = json.loads((first / "config.json").read_text())["auto_map"]
+    for other in ("second", "third", "fourth", "new"):
+        later = generations / f"{name} {other}"
+        assert code(later) == code(first), other
+        assert json.loads((later / "config.json").read_text())["auto_map"] == auto_map, other
+    weights = (first / "model.safetensors").read_bytes()
+    assert (generations / f"{name} fourth" / "model.safetensors").read_bytes() == weights
+
+
+def test_what_no_auto_class_loaded_is_saved_with_its_code(generations: Path) -> None:
+    assert code(generations / "by class") == code(generations / "AutoModel")
+    assert code(generations / "AutoModelForCausalLM decoder") == code(generations / "AutoModel")
+    assert code(generations / "rotary decoder") == code(generations / "rotary")
+    auto_map = json.loads((generations / "rotary decoder" / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModel"] == "rotary.RotaryGPTModel"
+
+
+def test_a_config_is_saved_with_its_own_code_only(generations: Path, tmp_path: Path) -> None:
+    own = {"configuration_alibi_gpt.py": (generations / "AutoModel" / "configuration_alibi_gpt.py").read_bytes()}
+    assert code(generations / "AutoModelForCausalLM config") == own
+    assert code(generations / "rotary config") == code(generations / "rotary")
+    AlibiGPTConfig(hidden_size=96, num_attention_heads=6).save_pretrained(tmp_path)
+    assert code(tmp_path) == own
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert auto_map == {"AutoConfig": "configuration_alibi_gpt.AlibiGPTConfig"}
+
+
+def test_other_processes_of_a_parallel_run_save_no_code(tmp_path: Path) -> None:
+    new_model("AutoModelForCausalLM").save_pretrained(tmp_path, is_main_process=False)
+    assert not list(tmp_path.glob("*.py"))
