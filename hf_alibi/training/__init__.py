@@ -6,7 +6,8 @@ except ModuleNotFoundError as error:
     message = "hf_alibi.training needs the package datasets: pip install 'hf_alibi[train]'"
     raise ModuleNotFoundError(message, name=error.name) from error
 
-from .data import collate_blocks, load_file_corpus, load_hub_corpus, pack, standard_library_corpus, train_tokenizer
+from .data import load_file_corpus, load_hub_corpus, standard_library_corpus, train_tokenizer
+from .packing import collate_blocks, pack
 from .resume import find_checkpoint
 from .safe_trainer import SafeTrainer
 from .trainer import train

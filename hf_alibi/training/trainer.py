@@ -1,6 +1,6 @@
 """Trains a causal language model on blocks of tokens with `transformers.Trainer`, and resumes interrupted runs.
 
-With `hf_alibi.training.data`, a few lines train a model:
+With `hf_alibi.training.data` and `packing`, a few lines train a model:
 
     corpus = standard_library_corpus()
     tokenizer = train_tokenizer(corpus["train"]["text"], vocab_size=4096)
@@ -29,7 +29,7 @@ from ..evaluation.perplexity import trainer_metrics
 from ..hub.checkpoints import check_vocabulary
 from ..hub.publish import publish
 from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM
-from .data import collate_blocks
+from .packing import collate_blocks
 from .run_record import data_digest, read_record, refuse_changes, run_arguments, run_model
 from .safe_trainer import SafeTrainer
 from .stream import EndlessStream
@@ -53,7 +53,7 @@ def train(
     Args:
         model: Any causal language model.
         tokenizer: Of the model.
-        blocks: A corpus after `hf_alibi.training.data.pack`. The split `validation` is optional.
+        blocks: A corpus after `hf_alibi.training.packing.pack`. The split `validation` is optional.
         args: Trainer's arguments.
         checkpoint: Folder of a checkpoint to continue from; see `hf_alibi.training.resume.find_checkpoint`.
         fresh_optimizer: Whether to continue from the weights of `checkpoint` with a new optimizer, at the learning

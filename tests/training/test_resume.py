@@ -97,7 +97,7 @@ def test_resumed_run_ends_with_the_same_weights(
 
 
 def test_a_stream_has_each_block_once_a_pass_and_other_orders(few_rows: str, tmp_path: Path) -> None:
-    from hf_alibi.training.data import load_file_corpus, pack, train_tokenizer
+    from hf_alibi.training import load_file_corpus, pack, train_tokenizer
     from hf_alibi.training.stream import EndlessStream
 
     corpus = load_file_corpus(few_rows, streaming=True, validation_percentage=0)
