@@ -17,7 +17,7 @@ import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, TypeAlias, TypeVar
@@ -144,7 +144,7 @@ def load_file_corpus(
     if validation_file:
         patterns["validation"] = [validation_file]
     data_files = {
-        split: [path for name in names for path in _matching_files(name)] for split, names in patterns.items()
+        split: [path for name in names for path in matching_files(name)] for split, names in patterns.items()
     }
     readers = sorted({_reader(path) for paths in data_files.values() for path in paths})
     if len(readers) > 1:
@@ -154,12 +154,10 @@ def load_file_corpus(
     source = {"path": readers[0], "data_files": escaped, "streaming": streaming}
     if readers[0] == "text":
         source["sample_by"] = "document"
-    return _as_corpus(
-        " and ".join(name for names in patterns.values() for name in names), source, text_column, validation_percentage
-    )
+    return _as_corpus(" and ".join(chain(*patterns.values())), source, text_column, validation_percentage)
 
 
-def _matching_files(pattern: str) -> list[str]:
+def matching_files(pattern: str) -> list[str]:
     """Returns the files that a path or glob pattern names, sorted and without empty ones.
 
     If a file has exactly this name, it is the only one: brackets, stars and question marks in it are no pattern.
@@ -303,6 +301,14 @@ def train_tokenizer(
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def documents_in_turn(corpora: Sequence[Corpus]) -> Iterator[str]:
+    """Yields the training documents of each corpus in turn, one of each, until all are read."""
+    readers = [iter(corpus["train"]) for corpus in corpora]
+    for row in chain.from_iterable(zip_longest(*readers)):
+        if row is not None:
+            yield row["text"]
 
 
 def _first_characters(documents: Iterable[str], count: int) -> Iterator[str]:

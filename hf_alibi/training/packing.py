@@ -1,7 +1,7 @@
 """From documents to blocks of tokens, and from blocks to the tensors that a causal language model trains on."""
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -53,9 +53,9 @@ def pack(
             for split, part in documents.items()
         }
         return type(documents)(packed)
-    encode = {"encoder": Encoder(tokenizer)}
-    cut = {"block_size": block_size, "isolate_documents": isolate_documents}
-    options = {"batched": True, "batch_size": documents_at_once(documents)}
+    encode: dict[str, Any] = {"encoder": Encoder(tokenizer)}
+    cut: dict[str, Any] = {"block_size": block_size, "isolate_documents": isolate_documents}
+    options: dict[str, Any] = {"batched": True, "batch_size": documents_at_once(documents)}
     if isinstance(documents, IterableDataset):
         return documents.map(_encode_and_cut, fn_kwargs=encode | cut, remove_columns=["text"], **options)
     options["writer_batch_size"] = options["batch_size"]
@@ -77,7 +77,7 @@ def _encode(batch: dict[str, list[str]], encoder: Encoder) -> dict[str, list[np.
 
 
 def _cut(
-    batch: dict[str, Sequence[np.ndarray]], block_size: int, isolate_documents: bool
+    batch: Mapping[str, Sequence[np.ndarray]], block_size: int, isolate_documents: bool
 ) -> dict[str, list[np.ndarray]]:
     lengths = [len(ids) for ids in batch["input_ids"]]
     cuts = np.arange(block_size, sum(lengths), block_size)
@@ -97,8 +97,10 @@ def positions(starts: np.ndarray, num_tokens: int) -> np.ndarray:
     return (np.arange(num_tokens) - np.repeat(starts, spans)).astype(np.int32)
 
 
-def _encode_and_cut(batch: dict[str, list[str]], encoder: Encoder, **cut: int) -> dict[str, list[np.ndarray]]:
-    return _cut(_encode(batch, encoder), **cut)
+def _encode_and_cut(
+    batch: dict[str, list[str]], encoder: Encoder, block_size: int, isolate_documents: bool
+) -> dict[str, list[np.ndarray]]:
+    return _cut(_encode(batch, encoder), block_size, isolate_documents)
 
 
 BLOCK_COLUMNS = {"input_ids", "position_ids", "seq_idx", "attention_mask"}

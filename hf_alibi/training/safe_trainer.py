@@ -34,6 +34,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, Sched
 from ..errors import UserError
 from ..hub.files import make_tokenizer_portable, model_files
 from ..hub.publish import hub_errors, publish, require_private, upload
+from .mixture import Mixture
 from .run_record import versions, write_record
 from .stream import EndlessStream
 
@@ -172,7 +173,12 @@ class SafeTrainer(Trainer):
         return start
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Stops at the last step before training another one. Trainer compares the number only after a step."""
+        """Stops at the last step before training another one. Trainer compares the number only after a step.
+
+        Tells a mixture its epoch, which accelerate does not do in several processes.
+        """
+        if isinstance(self.train_dataset, Mixture):
+            self.train_dataset.set_epoch(kwargs["epoch"])
         if self.state.global_step > self.state.max_steps:
             raise UserError(
                 f"the checkpoint is at step {self.state.global_step}, beyond the {self.state.max_steps} of this run"

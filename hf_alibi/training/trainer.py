@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from datasets import DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
@@ -38,7 +38,7 @@ from .stream import EndlessStream
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    blocks: DatasetDict | IterableDatasetDict,
+    blocks: Mapping[str, Any],
     args: TrainingArguments,
     checkpoint: str | None = None,
     *,
@@ -53,7 +53,8 @@ def train(
     Args:
         model: Any causal language model.
         tokenizer: Of the model.
-        blocks: A corpus after `hf_alibi.training.packing.pack`. The split `validation` is optional.
+        blocks: A corpus after `hf_alibi.training.packing.pack`, or what `load_prepared` returns. `train` may also be
+            a `Mixture` or an `EndlessStream`. The split `validation` is optional.
         args: Trainer's arguments.
         checkpoint: Folder of a checkpoint to continue from; see `hf_alibi.training.resume.find_checkpoint`.
         fresh_optimizer: Whether to continue from the weights of `checkpoint` with a new optimizer, at the learning
@@ -79,8 +80,8 @@ def train(
     record: dict[str, Any] = {"arguments": run_arguments(args, arguments or {}), "model": run_model(model)}
     train_blocks = blocks["train"]
     if isinstance(train_blocks, IterableDataset):
-        train_blocks = EndlessStream(train_blocks, args.seed)
-    else:
+        train_blocks = EndlessStream([train_blocks], args.seed)
+    if not isinstance(train_blocks, EndlessStream):
         record["data"] = data_digest(train_blocks)
     if checkpoint:
         refuse_changes(checkpoint, **record)

@@ -103,7 +103,7 @@ def test_a_stream_has_each_block_once_a_pass_and_other_orders(few_rows: str, tmp
     corpus = load_file_corpus(few_rows, streaming=True, validation_percentage=0)
     blocks = pack(corpus, train_tokenizer(["text"], 258), 16)["train"]
     once = sorted(tuple(block["input_ids"]) for block in blocks)
-    stream = iter(EndlessStream(blocks, seed=0))
+    stream = iter(EndlessStream([blocks], seed=0))
     passes = [[tuple(next(stream)["input_ids"]) for _ in once] for _ in range(3)]
     assert all(sorted(order) == once for order in passes)
     assert len({tuple(order) for order in passes}) == 3
