@@ -75,6 +75,7 @@ RESUMABLE = {
     "isolated, accumulating": ["--isolate_documents", "--gradient_accumulation_steps", "2"],
     "streaming, accumulating": ["--streaming", "--gradient_accumulation_steps", "2"],
     "streaming in a worker": ["--streaming", "--dataloader_num_workers", "1"],
+    "workers that live on": ["--dataloader_num_workers", "1", "--dataloader_persistent_workers", "True"],
     "evaluating": ["--eval_strategy", "steps", "--eval_steps", "2", "--max_eval_samples", "4"],
     "bfloat16, checkpointed activations": ["--bf16", f"--{CHECKPOINTING}_checkpointing", "True"],
 }
