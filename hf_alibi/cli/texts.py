@@ -54,13 +54,15 @@ class TextArguments:
             raise UserError("several --dataset_name need --train_weights, one number for each")
         check_weights(self.train_weights, self.dataset_name or self.train_file)
 
+    def datasets(self) -> list[tuple[str, str | None]]:
+        """Returns the names of the datasets, each with its configuration."""
+        names = self.dataset_name or []
+        return list(zip(names, self.dataset_config_name or [None] * len(names), strict=True))
+
     def sources(self) -> list[dict[str, Any]]:
         """Returns the names of the datasets, or the names and sizes of the files in bytes."""
         if self.dataset_name:
-            configs = self.dataset_config_name or [None] * len(self.dataset_name)
-            return [
-                {"dataset": name, "config": config} for name, config in zip(self.dataset_name, configs, strict=True)
-            ]
+            return [{"dataset": name, "config": config} for name, config in self.datasets()]
         patterns = [*(self.train_file or []), *([self.validation_file] if self.validation_file else [])]
         paths = [path for pattern in patterns for path in matching_files(pattern)]
         return [{"file": path, "bytes": Path(path).stat().st_size} for path in paths]
@@ -87,9 +89,7 @@ def load_corpora(arguments: TextArguments, streaming: bool = False) -> list[Corp
         "validation_percentage": arguments.validation_split_percentage,
     }
     if arguments.dataset_name:
-        configs = arguments.dataset_config_name or [None] * len(arguments.dataset_name)
-        names = zip(arguments.dataset_name, configs, strict=True)
-        return [load_hub_corpus(name, config, **options) for name, config in names]
+        return [load_hub_corpus(name, config, **options) for name, config in arguments.datasets()]
     if arguments.train_file and arguments.train_weights:
         first, *others = arguments.train_file
         if arguments.validation_file:

@@ -278,7 +278,7 @@ def joined_blocks(parts: Sequence[Any], limit: int | None) -> Any:
     if len(parts) == 1:
         return parts[0] if limit is None else parts[0].take(limit)
     if isinstance(parts[0], TokenBlocks):
-        joined = torch.utils.data.ConcatDataset(parts)
+        joined: Any = torch.utils.data.ConcatDataset(parts)
         return joined if limit is None else torch.utils.data.Subset(joined, range(min(limit, len(joined))))
     joined = concatenate_datasets(list(parts))
     return joined if limit is None else joined.take(limit)

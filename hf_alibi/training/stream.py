@@ -81,6 +81,15 @@ class EndlessStream(torch.utils.data.IterableDataset):
             if block is None:
                 return
 
+    def check_workers(self, num_workers: int) -> None:
+        """Raises `UserError` if a worker process would have no part of one stream, so that shares would be wrong."""
+        shards = [part.num_shards for part in self.parts]
+        if len(self.parts) > 1 and num_workers > min(shards):
+            raise UserError(
+                f"--dataloader_num_workers {num_workers} is too many for a mixture of streams with {shards} files: "
+                f"each worker needs a file of each, so give at most {min(shards)}"
+            )
+
     def state(self, steps: int) -> dict[str, Any]:
         """Returns the number of blocks in `steps`, and their digest, which is None if worker processes read them."""
         blocks = steps * self.blocks_per_step

@@ -81,7 +81,9 @@ def train(
     train_blocks = blocks["train"]
     if isinstance(train_blocks, IterableDataset):
         train_blocks = EndlessStream([train_blocks], args.seed)
-    if not isinstance(train_blocks, EndlessStream):
+    if isinstance(train_blocks, EndlessStream):
+        train_blocks.check_workers(args.dataloader_num_workers)
+    else:
         record["data"] = data_digest(train_blocks)
     if checkpoint:
         refuse_changes(checkpoint, **record)

@@ -209,6 +209,20 @@ BAD_OPTIONS = {
         ["--train_file", "{few}", "--streaming", "--preprocessing_num_workers", "2"],
         "no effect with --streaming.*--dataloader_num_workers",
     ),
+    "workers without a file": (
+        [
+            "--train_file",
+            "{few}",
+            "{more}",
+            "--train_weights",
+            "1",
+            "1",
+            "--streaming",
+            "--dataloader_num_workers",
+            "2",
+        ],
+        r"--dataloader_num_workers 2 is too many for a mixture of streams with \[1, 1\] files.*give at most 1",
+    ),
     "limit": (
         ["--train_file", "{few}", "{more}", "--train_weights", "1", "1", "--max_train_samples", "3"],
         "--max_train_samples limits one data set",
