@@ -42,6 +42,19 @@ def in_batches(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[l
         yield batch
 
 
+def describe(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Returns the JSON of the backend of a tokenizer. None if it has none, or one with parts written in Python."""
+    if not isinstance(tokenizer, TokenizersBackend):
+        return None
+    try:
+        return tokenizer.backend_tokenizer.to_str()
+    except Exception as error:
+        # The class that the package raises for components of Python.
+        if type(error) is not Exception:
+            raise
+        return None
+
+
 class Encoder:
     """Tokenises documents. Special tokens that are spelled out in a document are plain text."""
 
@@ -49,10 +62,11 @@ class Encoder:
         self.tokenizer = tokenizer
         self.backend: Tokenizer | None = None
         self.cutter: Cutter | None = None
+        description = describe(tokenizer)
         # Some classes of Transformers do more than their backend.
-        if getattr(type(tokenizer), "_encode_plus", None) is TokenizersBackend._encode_plus:
+        if description and type(tokenizer)._encode_plus is TokenizersBackend._encode_plus:
             # A copy, because the settings of the tokenizer itself are not ours to change.
-            self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+            self.backend = Tokenizer.from_str(description)
             self.backend.no_truncation()
             self.backend.no_padding()
             self.backend.encode_special_tokens = True

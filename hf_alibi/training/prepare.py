@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 from ..hub.files import make_tokenizer_portable
-from ..text.encoding import Encoder, in_batches
+from ..text.encoding import Encoder, describe, in_batches
 from .data import Corpus
 from .packing import require_end_of_text
 from .token_store import StoreWriter, TokenBlocks, TokenStore
@@ -43,9 +43,9 @@ Piece = tuple[str, bool]
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns a SHA-256 of everything that decides the tokens of a document."""
     identity: dict[str, Any] = {"vocabulary": tokenizer.get_vocab(), "end_of_text": tokenizer.eos_token_id}
-    if backend := getattr(tokenizer, "backend_tokenizer", None):
-        description = json.loads(backend.to_str())
-        identity |= {name: description[name] for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
+    if description := describe(tokenizer):
+        parts = json.loads(description)
+        identity |= {name: parts[name] for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
     else:
         identity["class"] = type(tokenizer).__name__
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, PreTokenizedString, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from hf_alibi.evaluation.perplexity import encode_stream
@@ -245,6 +245,24 @@ def test_a_tokenizer_keeps_its_settings() -> None:
     tokenizer.backend_tokenizer.enable_padding(length=8)
     assert len(Encoder(tokenizer)([SAMPLE[0]])[0]) > 8
     assert tokenizer.backend_tokenizer.truncation["max_length"] == 3
+
+
+class Halves:
+    """A pre-tokenizer written in Python."""
+
+    def pre_tokenize(self, text: PreTokenizedString) -> None:
+        """Splits the text in two."""
+        text.split(lambda _, part: [part[: len(str(part)) // 2], part[len(str(part)) // 2 :]])
+
+
+def test_tokenizers_in_python_are_called_themselves() -> None:
+    tokenizer = trained(byte_level())
+    custom = pre_tokenizers.PreTokenizer.custom(Halves())
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [custom, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    encoder = Encoder(tokenizer)
+    assert [ids.tolist() for ids in encoder(SAMPLE[:2])] == [whole(tokenizer, text) for text in SAMPLE[:2]]
 
 
 def test_streams_of_tokens_end_where_asked() -> None:
