@@ -57,7 +57,8 @@ class TextArguments:
     def datasets(self) -> list[tuple[str, str | None]]:
         """Returns the names of the datasets, each with its configuration."""
         names = self.dataset_name or []
-        return list(zip(names, self.dataset_config_name or [None] * len(names), strict=True))
+        configs: Sequence[str | None] = self.dataset_config_name or [None] * len(names)
+        return list(zip(names, configs, strict=True))
 
     def sources(self) -> list[dict[str, Any]]:
         """Returns the names of the datasets, or the names and sizes of the files in bytes."""
