@@ -20,8 +20,8 @@ Why the words stay the same, for each pre-tokenizer that `Cutter` accepts:
   no token of the vocabulary has a space after another character: no merge and no Unigram token spans the cut.
 - **`BertPreTokenizer`, `Whitespace`, `WhitespaceSplit`** end words at whitespace.
 
-Normalisers that only look at neighbouring characters and leave whitespace alone (`NFC`, `Lowercase`, `BertNormalizer`,
-…) do not see a cut. Any other tokenizer (`add_prefix_space`, `Strip`, BPE dropout, unknown components, …) is not cut.
+Normalisers that only look at neighbouring characters and leave whitespace alone (`NFC`, `Lowercase`, …) do not see a
+cut. Any other tokenizer (`add_prefix_space`, `Strip`, BPE dropout, unknown components, …) is not cut.
 """
 
 import json
@@ -42,9 +42,11 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 # Texts of about this many characters are split into words at once if they are ASCII.
 LINE_SIZE = 200
 
-# Each looks at a character and its neighbours at most, and never over a space.
+# Each looks at a character and its neighbours at most, and never over a space. Those that can remove the character
+# before a cut join the spaces around it, which only matters if spaces become tokens.
 UNICODE_FORMS = {"NFC", "NFD", "NFKC", "NFKD"}
-LOCAL_NORMALIZERS = UNICODE_FORMS | {"Lowercase", "StripAccents", "BertNormalizer"}
+KEEPING_NORMALIZERS = UNICODE_FORMS | {"Lowercase"}
+REMOVING_NORMALIZERS = {"StripAccents", "BertNormalizer"}
 SPACE_SPLITTERS = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit"}
 
 CLASS = re.compile(r"\[(?:\\.|[^\[\]\\])*\]")
@@ -90,25 +92,26 @@ class Cutter:
         added = [token for token in description["added_tokens"] if not token["special"]]
         if (
             description["model"].get("dropout")
-            or not normalizers <= LOCAL_NORMALIZERS
+            or not normalizers <= KEEPING_NORMALIZERS | REMOVING_NORMALIZERS
             # Added tokens are found before words are. One of these could extend over a cut.
             or any(token["rstrip"] or re.search(r"\S\s", token["content"]) for token in added)
         ):
             return
         members = _members(description["pre_tokenizer"], "pretokenizers")
-        patterns = _patterns(members)
-        if patterns is not None:
+        if len(members) == 1 and members[0]["type"] in SPACE_SPLITTERS:
+            self.place = re.compile(f"{BEFORE_SPACE}|{AFTER_NEWLINE}")
+        elif normalizers & REMOVING_NORMALIZERS:
+            return
+        elif len(members) == 1 and members[0]["type"] == "Metaspace":
+            space, known = members[0]["replacement"], tokenizer.get_vocab()
+            if members[0]["split"] or (space in known and not any(re.search(f"[^{space}]{space}", t) for t in known)):
+                self.place = re.compile(BEFORE_SPACE)
+        elif patterns := _patterns(members):
             places = _places(tokenizer) if all(map(is_local, patterns)) else []
             if BEFORE_SPACE in places:
                 self.place = re.compile("|".join(places))
                 if len(patterns) == 1 and not added and normalizers <= UNICODE_FORMS:
                     self.words = ascii_pattern(patterns[0])
-        elif len(members) == 1 and members[0]["type"] in SPACE_SPLITTERS:
-            self.place = re.compile(f"{BEFORE_SPACE}|{AFTER_NEWLINE}")
-        elif len(members) == 1 and members[0]["type"] == "Metaspace":
-            space, known = members[0]["replacement"], tokenizer.get_vocab()
-            if members[0]["split"] or (space in known and not any(re.search(f"[^{space}]{space}", t) for t in known)):
-                self.place = re.compile(BEFORE_SPACE)
 
     def pieces(self, text: str, size: int) -> Iterator[str]:
         """Yields parts of `text`, each as short as the places allow but at least `size` characters."""

@@ -19,7 +19,7 @@ from .cutting import Cutter
 PIECE_SIZE = 1 << 16
 """Characters in a piece of a document. Larger pieces take more memory and are no faster."""
 
-BATCH_SIZE = 1 << 22
+BATCH_SIZE = 1 << 20
 """Characters that are tokenised together."""
 
 Item = TypeVar("Item")

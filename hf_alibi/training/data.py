@@ -184,17 +184,18 @@ def _as_corpus(name: str, source: dict[str, Any], text_column: str, validation_p
     try:
         splits = load_dataset(**source)
         used = [split for split in ("train", "validation") if split in splits]
-        first_rows: dict[str, dict[str, Any]] = {split: next(iter(splits[split]), {}) for split in used}
+        # Types only: the first document may be large.
+        columns = {split: {name: type(value) for name, value in _first(splits[split]).items()} for split in used}
     except (OSError, ValueError, DatasetsError) as error:
         raise UserError(f"cannot read {name}: {shorten(str(error.__cause__ or error), 200)}") from error
-    if "train" not in first_rows:
+    if "train" not in columns:
         raise UserError(f"{name} has no split 'train', only {', '.join(splits)}")
-    for row in first_rows.values():
-        if row and text_column not in row:
-            raise UserError(f"{name} has no column '{text_column}', only {', '.join(row)}")
-        if not isinstance(row.get(text_column, ""), str | None):
-            raise UserError(f"column '{text_column}' of {name} holds {type(row[text_column]).__name__}, not text")
-    corpus = type(splits)({split: splits[split].select_columns([text_column]) for split in first_rows})
+    for types in columns.values():
+        if types and text_column not in types:
+            raise UserError(f"{name} has no column '{text_column}', only {', '.join(types)}")
+        if not issubclass(types.get(text_column, str), str | None):
+            raise UserError(f"column '{text_column}' of {name} holds {types[text_column].__name__}, not text")
+    corpus = type(splits)({split: splits[split].select_columns([text_column]) for split in columns})
     if text_column != "text":
         corpus = corpus.rename_column(text_column, "text")
     try:
@@ -206,6 +207,10 @@ def _as_corpus(name: str, source: dict[str, Any], text_column: str, validation_p
         raise UserError(f"{name}: {error}") from error
     except (OSError, ValueError, DatasetsError) as error:
         raise UserError(f"cannot read {name}: {shorten(str(error.__cause__ or error), 200)}") from error
+
+
+def _first(rows: Dataset | IterableDataset) -> dict[str, Any]:
+    return next(iter(rows), {})
 
 
 @contextmanager

@@ -71,7 +71,8 @@ class StoreWriter:
         if not self.pieces:
             return
         tensors = {"tokens": np.concatenate(self.parts), "ends": np.array(self.ends, dtype=np.int64)}
-        content = hashlib.sha256(tensors["tokens"].tobytes() + tensors["ends"].tobytes())
+        content = hashlib.sha256(tensors["tokens"].data)
+        content.update(tensors["ends"].data)
         origin = {"pieces": self.pieces, "text": self.text.hexdigest(), "content": content.hexdigest()}
         path = self.folder / FILE_NAME.format(self.written)
         unfinished = path.with_suffix(".unfinished")

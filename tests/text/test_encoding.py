@@ -97,6 +97,9 @@ CUT: dict[str, Callable[[], Tokenizer]] = {
 NOT_CUT: dict[str, Callable[[], Tokenizer]] = {
     "superwords": lambda: byte_level(SUPERWORDS),
     "look-behind": lambda: byte_level(r"(?<=a) ?\p{L}+|" + GPT2_PATTERN),
+    "accents removed": lambda: byte_level(
+        LLAMA3, normalizer=normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+    ),
     "strip": lambda: byte_level(normalizer=normalizers.Strip()),
     "words over spaces": lambda: metaspace(unknown(models.BPE), "first", False),
 }
