@@ -217,6 +217,8 @@ BAD_OPTIONS = {
             "--train_weights",
             "1",
             "1",
+            "--validation_split_percentage",
+            "0",
             "--streaming",
             "--dataloader_num_workers",
             "2",
