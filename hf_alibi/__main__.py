@@ -22,6 +22,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("train a model from scratch, or fine-tune a checkpoint", "train"),
+    "prepare": Command("tokenise texts once, for any number of training runs", "train"),
     "evaluate": Command("perplexity against length: a table, a plot, a JSON file", "train"),
     "generate": Command("continue a prompt of any length", "train"),
     "convert": Command("bring a BLOOM, MPT, Falcon, Baichuan, JAIS, BTLM or Refact in, or take a model out", "train"),

@@ -15,7 +15,10 @@ from hf_alibi.__main__ import COMMANDS, usage
 PACKAGE = Path(hf_alibi.__file__).parent
 ROOT = PACKAGE.parent
 # Each folder may import itself and those to its left.
-ORDER = ["model", "positions", "evaluation", "hub", "conversion", "training", "serving", "benchmark", "study", "cli"]
+ORDER = [
+    "model", "positions", "text", "evaluation", "hub", "conversion", "training", "serving", "benchmark", "study",
+    "cli",
+]  # fmt: skip
 OPTIONAL = {
     "accelerate", "datasets", "evaluate", "fastapi", "gguf", "matplotlib", "peft", "tensorboard", "trl", "uvicorn",
 }  # fmt: skip

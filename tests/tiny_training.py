@@ -6,7 +6,8 @@ from pathlib import Path
 from datasets import DatasetDict
 from tiny import tiny_tokenizer
 
-from hf_alibi.training.data import load_file_corpus, pack
+from hf_alibi.training.data import load_file_corpus
+from hf_alibi.training.packing import pack
 
 TINY = ["--config_overrides", "hidden_size=32,num_hidden_layers=2,num_attention_heads=4,hidden_dropout=0.1"]
 TINY += ["--vocab_size", "300", "--block_size", "16", "--use_cpu", "--disable_tqdm", "True"]

@@ -13,13 +13,15 @@ What is saved, measured, reported and uploaded may change, and so may --max_step
 train_results.json, eval_results.json (with the perplexity), all_results.json and trainer_state.json.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import torch
+from datasets import concatenate_datasets
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,19 +35,17 @@ from transformers import (
 
 from ..errors import UserError
 from ..hub.checkpoints import LOADING_ERRORS, check_vocabulary, load_causal_lm, load_tokenizer, parse_overrides
-from ..training.data import (
-    Corpus,
-    load_file_corpus,
-    load_hub_corpus,
-    pack,
-    reading_errors,
-    standard_library_corpus,
-    train_tokenizer,
-)
+from ..training.data import Corpus, documents_in_turn, reading_errors, train_tokenizer
+from ..training.mixture import Mixture
+from ..training.packing import pack
+from ..training.prepare import load_prepared
 from ..training.resume import find_checkpoint
 from ..training.run_record import refuse_changes, run_arguments
+from ..training.stream import EndlessStream
+from ..training.token_store import TokenBlocks
 from ..training.trainer import train
 from .options import OptionParser, in_range, parse
+from .texts import TextArguments, check_weights, load_corpora
 
 # Trainer does not check its numbers. These must be at least 1, at least 0, and from 0 to 1.
 COUNTS = (
@@ -70,6 +70,10 @@ AMOUNTS = (
     "weight_decay",
 )
 FRACTIONS = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
+# Options about texts, which prepared data are no longer.
+NOT_FOR_PREPARED = (
+    "dataset_name", "dataset_config_name", "train_file", "validation_file", "streaming", "preprocessing_num_workers",
+)  # fmt: skip
 # Excludes infinity, and no useful number.
 MOST = 1e30
 
@@ -114,21 +118,13 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """Which text to train on, and how to cut it into blocks."""
+class DataArguments(TextArguments):
+    """Which texts to train on, and how to cut them into blocks."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Dataset of the Hub."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
-    train_file: str | None = field(
-        default=None, metadata={"help": "Text file (one document), JSON Lines or Parquet file, or a glob pattern."}
+    prepared_data: list[Path] | None = field(
+        default=None,
+        metadata={"help": "Folders of hf_alibi prepare, instead of texts; several with --train_weights."},
     )
-    validation_file: str | None = field(
-        default=None, metadata={"help": "The same to evaluate on; default: part of the training documents, held out."}
-    )
-    validation_split_percentage: int = field(
-        default=5, metadata={"help": "Percentage of documents to hold out if no validation split is given."}
-    )
-    text_column: str = field(default="text", metadata={"help": "Column that holds the documents."})
     streaming: bool = field(default=False, metadata={"help": "Read the data while training; needs --max_steps."})
     block_size: int = field(default=512, metadata={"help": "Tokens in a block: the training length."})
     isolate_documents: bool = field(
@@ -153,18 +149,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if checkpoint:
         refuse_changes(checkpoint, arguments=run_arguments(training_args, arguments))
     with training_args.main_process_first(desc="preparation of data and tokenizer"):
-        corpus = load_corpus(data_args)
+        corpora = [] if data_args.prepared_data else load_corpora(data_args, data_args.streaming)
         set_seed(training_args.seed)
         start = checkpoint or model_args.model_name_or_path
         if start:
             model, tokenizer = load_model(model_args, start)
         else:
-            model, tokenizer = new_model(model_args, corpus["train"]["text"], data_args.block_size)
+            if data_args.prepared_data and not model_args.tokenizer_name:
+                model_args.tokenizer_name = str(data_args.prepared_data[0])
+            model, tokenizer = new_model(model_args, documents_in_turn(corpora), data_args.block_size)
         try_out(model, training_args)
-        blocks = pack(corpus, tokenizer, data_args.block_size, data_args.isolate_documents)
-    for split, limit in [("train", data_args.max_train_samples), ("validation", data_args.max_eval_samples)]:
-        if limit is not None and split in blocks:
-            blocks[split] = blocks[split].take(limit)
+        blocks = load_blocks(data_args, corpora, tokenizer, training_args.seed)
     train(
         model,
         tokenizer,
@@ -178,17 +173,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
     """Raises `UserError` for options that exclude each other, or that would fail only during or after training."""
-    if data_args.dataset_name and (data_args.train_file or data_args.validation_file):
-        raise UserError("give either --dataset_name or --train_file and --validation_file, not both")
-    if data_args.dataset_config_name and not data_args.dataset_name:
-        raise UserError("--dataset_config_name needs --dataset_name")
-    if data_args.validation_file and not data_args.train_file:
-        raise UserError("--validation_file needs --train_file")
+    if data_args.prepared_data:
+        if given := [name for name in NOT_FOR_PREPARED if getattr(data_args, name)]:
+            raise UserError(f"--prepared_data is tokenised and split already: leave out --{' and --'.join(given)}")
+        check_weights(data_args.train_weights, [str(path) for path in data_args.prepared_data])
+        if len(data_args.prepared_data) > 1 and not data_args.train_weights:
+            raise UserError("several --prepared_data need --train_weights, one number for each")
+    else:
+        data_args.check()
     if data_args.streaming and not (data_args.dataset_name or data_args.train_file):
         raise UserError("--streaming needs --dataset_name or --train_file: the default text is small")
     if data_args.streaming and training_args.max_steps <= 0:
         raise UserError("--streaming needs --max_steps: the length of the data is not known in advance")
-    in_range(data_args, 0, "validation_split_percentage", highest=99)
+    if data_args.streaming and data_args.preprocessing_num_workers:
+        raise UserError(
+            "--preprocessing_num_workers has no effect with --streaming, which tokenises while training: use "
+            "--dataloader_num_workers, or hf_alibi prepare"
+        )
+    if data_args.train_weights and data_args.max_train_samples:
+        raise UserError("--max_train_samples limits one data set: leave it out with --train_weights")
     in_range(data_args, 3, "block_size")
     in_range(data_args, 1, "max_train_samples", "max_eval_samples")
     in_range(model_args, 1, "vocab_size")
@@ -246,18 +249,39 @@ def try_out(model: PreTrainedModel, training_args: TrainingArguments) -> None:
         raise UserError(f"the loss before training is {loss.item()}: the initial weights are damaged or too large")
 
 
-def load_corpus(arguments: DataArguments) -> Corpus:
-    """Returns the corpus that the arguments name: a dataset, files, or by default Python's standard library."""
-    options: dict[str, Any] = {
-        "text_column": arguments.text_column,
-        "streaming": arguments.streaming,
-        "validation_percentage": arguments.validation_split_percentage,
-    }
-    if arguments.dataset_name:
-        return load_hub_corpus(arguments.dataset_name, arguments.dataset_config_name, **options)
-    if arguments.train_file:
-        return load_file_corpus(arguments.train_file, arguments.validation_file, **options)
-    return standard_library_corpus()
+def load_blocks(
+    arguments: DataArguments, corpora: Sequence[Corpus], tokenizer: PreTrainedTokenizerBase, seed: int
+) -> dict[str, Any]:
+    """Returns the blocks to train on and, if there are any, those to evaluate on."""
+    cut = (arguments.block_size, arguments.isolate_documents)
+    if arguments.prepared_data:
+        packed: list[Mapping[str, Any]] = [load_prepared(path, tokenizer, *cut) for path in arguments.prepared_data]
+    else:
+        packed = [pack(corpus, tokenizer, *cut, arguments.preprocessing_num_workers) for corpus in corpora]
+    blocks = {"train": [each["train"] for each in packed]}
+    blocks |= {"validation": [each["validation"] for each in packed if "validation" in each]}
+    limits = {"train": arguments.max_train_samples, "validation": arguments.max_eval_samples}
+    joined: dict[str, Any] = {"validation": joined_blocks(blocks["validation"], limits["validation"])}
+    if arguments.train_weights is None:
+        joined["train"] = joined_blocks(blocks["train"], limits["train"])
+    elif arguments.streaming:
+        joined["train"] = EndlessStream(blocks["train"], seed, arguments.train_weights)
+    else:
+        joined["train"] = Mixture(blocks["train"], arguments.train_weights, seed)
+    return {split: part for split, part in joined.items() if part is not None}
+
+
+def joined_blocks(parts: Sequence[Any], limit: int | None) -> Any:
+    """Returns these data sets one after another, at most `limit` blocks in all. None if there is no data set."""
+    if not parts:
+        return None
+    if len(parts) == 1:
+        return parts[0] if limit is None else parts[0].take(limit)
+    if isinstance(parts[0], TokenBlocks):
+        joined: Any = torch.utils.data.ConcatDataset(parts)
+        return joined if limit is None else torch.utils.data.Subset(joined, range(min(limit, len(joined))))
+    joined = concatenate_datasets(list(parts))
+    return joined if limit is None else joined.take(limit)
 
 
 def load_model(arguments: ModelArguments, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

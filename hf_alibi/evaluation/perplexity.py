@@ -30,6 +30,7 @@ Models compute in their own dtype, losses are computed in float32, and sums in f
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 
 from ..errors import UserError
 from ..model.cache_names import CACHE_NAME
+from ..text.encoding import Encoder
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,18 @@ def encode_stream(
 
     Special tokens that are spelled out in a document are plain text. Reading stops as soon as there are `max_tokens`.
     """
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-    input_ids: list[int] = []
-    for document in documents:
-        input_ids += tokenizer(document, **options)["input_ids"] + separator
-        if max_tokens is not None and len(input_ids) >= max_tokens:
+    encoder = Encoder(tokenizer)
+    separator = [] if tokenizer.eos_token_id is None else [np.array([tokenizer.eos_token_id], dtype=np.int32)]
+    parts, num_tokens = [np.zeros(0, dtype=np.int32)], 0
+    encoded = (
+        part for document in documents for part in chain(map(encoder.encode_one, encoder.pieces(document)), separator)
+    )
+    for part in encoded:
+        parts.append(part)
+        num_tokens += len(part)
+        if max_tokens is not None and num_tokens >= max_tokens:
             break
-    return torch.tensor(input_ids[:max_tokens], dtype=torch.long)
+    return torch.from_numpy(np.concatenate(parts)[:max_tokens]).long()
 
 
 def windows(num_targets: int, length: int, stride: int) -> list[tuple[int, int]]:

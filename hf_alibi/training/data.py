@@ -1,4 +1,4 @@
-"""From text to blocks of tokens: corpora, a tokenizer trained on the spot, and packing.
+"""Corpora, and a tokenizer trained on the spot.
 
 A *corpus* is a `datasets.DatasetDict` (an `IterableDatasetDict` when streaming) with the splits `train` and
 `validation`, and one column, `text`, with one document per row. It comes from the Hub, from local files, or from the
@@ -8,33 +8,34 @@ source files of Python's standard library, which need no network. Three lines pr
     tokenizer = train_tokenizer(corpus["train"]["text"], vocab_size=4096)
     blocks = pack(corpus, tokenizer, block_size=256)
 
-`pack` loses no token: each document is tokenised whole and ends with the end-of-text token, and each of these tokens
-is in exactly one block. `collate_blocks` turns blocks into the tensors that a causal language model trains on.
+`pack` (in `packing`) loses no token: each document ends with the end-of-text token, and each of these tokens is in
+exactly one block.
 """
 
 import glob
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, TypeAlias, TypeVar
 
-import numpy as np
-import torch
-import torch.nn.functional as F
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 from ..hub.files import PreTrainedTokenizerFast
+from ..text.cutting import Cutter
+from ..text.encoding import PIECE_SIZE
 
 Corpus: TypeAlias = DatasetDict | IterableDatasetDict
-AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset, DatasetDict, IterableDatasetDict)
+AnySplit = TypeVar("AnySplit", Dataset, IterableDataset)
+
+MOST_AT_ONCE, CHARACTERS_AT_ONCE = 1000, 1 << 24
+"""Documents that are in memory together. Fewer, larger batches leave fewer short blocks."""
 
 READERS = {".txt": "text", ".md": "text", ".py": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 """The `datasets` builder that reads a file, by the file's extension."""
@@ -124,14 +125,14 @@ def load_hub_corpus(
 
 
 def load_file_corpus(
-    train_file: str,
+    train_file: str | Sequence[str],
     validation_file: str | None = None,
     *,
     text_column: str = "text",
     streaming: bool = False,
     validation_percentage: int = 5,
 ) -> Corpus:
-    """Returns the text of local files, each given as a path or as a glob pattern (`"books/**/*.txt"`).
+    """Returns the text of local files, given as paths or as glob patterns (`"books/**/*.txt"`).
 
     A plain text file is one document. A JSON Lines or Parquet file has one document per row, in `text_column`. Without
     `validation_file`, documents are held out as in `load_hub_corpus`.
@@ -139,8 +140,12 @@ def load_file_corpus(
     Raises:
         UserError: If there is no such file, its extension is not in `READERS`, or it has no `text_column` or no text.
     """
-    patterns = {"train": train_file} | ({"validation": validation_file} if validation_file else {})
-    data_files = {split: _matching_files(pattern) for split, pattern in patterns.items()}
+    patterns = {"train": [train_file] if isinstance(train_file, str) else list(train_file)}
+    if validation_file:
+        patterns["validation"] = [validation_file]
+    data_files = {
+        split: [path for name in names for path in matching_files(name)] for split, names in patterns.items()
+    }
     readers = sorted({_reader(path) for paths in data_files.values() for path in paths})
     if len(readers) > 1:
         raise UserError(f"the files of one corpus must be of one kind, not {' and '.join(readers)}")
@@ -149,10 +154,10 @@ def load_file_corpus(
     source = {"path": readers[0], "data_files": escaped, "streaming": streaming}
     if readers[0] == "text":
         source["sample_by"] = "document"
-    return _as_corpus(" and ".join(patterns.values()), source, text_column, validation_percentage)
+    return _as_corpus(" and ".join(chain(*patterns.values())), source, text_column, validation_percentage)
 
 
-def _matching_files(pattern: str) -> list[str]:
+def matching_files(pattern: str) -> list[str]:
     """Returns the files that a path or glob pattern names, sorted and without empty ones.
 
     If a file has exactly this name, it is the only one: brackets, stars and question marks in it are no pattern.
@@ -179,21 +184,22 @@ def _as_corpus(name: str, source: dict[str, Any], text_column: str, validation_p
     try:
         splits = load_dataset(**source)
         used = [split for split in ("train", "validation") if split in splits]
-        first_rows: dict[str, dict[str, Any]] = {split: next(iter(splits[split]), {}) for split in used}
+        # Types only: the first document may be large.
+        columns = {split: {name: type(value) for name, value in _first(splits[split]).items()} for split in used}
     except (OSError, ValueError, DatasetsError) as error:
         raise UserError(f"cannot read {name}: {shorten(str(error.__cause__ or error), 200)}") from error
-    if "train" not in first_rows:
+    if "train" not in columns:
         raise UserError(f"{name} has no split 'train', only {', '.join(splits)}")
-    for row in first_rows.values():
-        if row and text_column not in row:
-            raise UserError(f"{name} has no column '{text_column}', only {', '.join(row)}")
-        if not isinstance(row.get(text_column, ""), str | None):
-            raise UserError(f"column '{text_column}' of {name} holds {type(row[text_column]).__name__}, not text")
-    corpus = type(splits)({split: splits[split].select_columns([text_column]) for split in first_rows})
+    for types in columns.values():
+        if types and text_column not in types:
+            raise UserError(f"{name} has no column '{text_column}', only {', '.join(types)}")
+        if not issubclass(types.get(text_column, str), str | None):
+            raise UserError(f"column '{text_column}' of {name} holds {types[text_column].__name__}, not text")
+    corpus = type(splits)({split: splits[split].select_columns([text_column]) for split in columns})
     if text_column != "text":
         corpus = corpus.rename_column(text_column, "text")
     try:
-        corpus = corpus.filter(_is_document, input_columns="text")
+        corpus = type(corpus)({split: _filter(documents, _is_document) for split, documents in corpus.items()})
         if "validation" not in corpus and validation_percentage:
             corpus = _hold_out(corpus, validation_percentage)
         return _with_documents(corpus)
@@ -201,6 +207,10 @@ def _as_corpus(name: str, source: dict[str, Any], text_column: str, validation_p
         raise UserError(f"{name}: {error}") from error
     except (OSError, ValueError, DatasetsError) as error:
         raise UserError(f"cannot read {name}: {shorten(str(error.__cause__ or error), 200)}") from error
+
+
+def _first(rows: Dataset | IterableDataset) -> dict[str, Any]:
+    return next(iter(rows), {})
 
 
 @contextmanager
@@ -222,9 +232,24 @@ def _is_document(text: Any) -> bool:
 def _hold_out(corpus: Corpus, percentage: int) -> Corpus:
     """Moves about `percentage` of the documents of `train` to a new split `validation`."""
     documents = corpus["train"]
-    corpus["train"] = documents.filter(lambda text: not _is_held_out(text, percentage), input_columns="text")
-    corpus["validation"] = documents.filter(lambda text: _is_held_out(text, percentage), input_columns="text")
+    corpus["train"] = _filter(documents, lambda text: not _is_held_out(text, percentage))
+    corpus["validation"] = _filter(documents, lambda text: _is_held_out(text, percentage))
     return corpus
+
+
+def _filter(documents: AnySplit, keep: Callable[[Any], bool]) -> AnySplit:
+    """Returns the documents whose text `keep` accepts. A few are in memory at a time."""
+    return documents.filter(keep, input_columns="text", batch_size=documents_at_once(documents))
+
+
+def documents_at_once(documents: Dataset | IterableDataset) -> int:
+    """Returns how many documents to process together: at most 1,000, and about `CHARACTERS_AT_ONCE` characters."""
+    characters = 0
+    for number, row in enumerate(islice(documents, MOST_AT_ONCE), 1):
+        characters += len(row["text"]) if isinstance(row["text"], str) else 0
+        if characters >= CHARACTERS_AT_ONCE:
+            return number
+    return MOST_AT_ONCE
 
 
 def _is_held_out(key: str, percentage: int) -> bool:
@@ -267,7 +292,10 @@ def train_tokenizer(
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(_first_characters(documents, max_characters), trainer)
+    # In pieces that have the same words, because training takes much memory for a long text.
+    cutter = Cutter(tokenizer)
+    texts = _first_characters(documents, max_characters)
+    tokenizer.train_from_iterator((piece for text in texts for piece in cutter.pieces(text, PIECE_SIZE)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
@@ -280,6 +308,14 @@ def train_tokenizer(
     )
 
 
+def documents_in_turn(corpora: Sequence[Corpus]) -> Iterator[str]:
+    """Yields the training documents of each corpus in turn, one of each, until all are read."""
+    readers = [iter(corpus["train"]) for corpus in corpora]
+    for row in chain.from_iterable(zip_longest(*readers)):
+        if row is not None:
+            yield row["text"]
+
+
 def _first_characters(documents: Iterable[str], count: int) -> Iterator[str]:
     """Yields documents until they have `count` characters together. The last one is cut there."""
     for document in documents:
@@ -287,98 +323,3 @@ def _first_characters(documents: Iterable[str], count: int) -> Iterator[str]:
             return
         yield document[:count]
         count -= len(document)
-
-
-def pack(
-    documents: AnyDataset, tokenizer: PreTrainedTokenizerBase, block_size: int, isolate_documents: bool = False
-) -> AnyDataset:
-    """Tokenises `documents` and cuts them into blocks of `block_size` tokens, without loss.
-
-    Batches of 1,000 documents are concatenated, each document ending with the end-of-text token, and cut every
-    `block_size` tokens. The last block of a batch may be shorter. If it had only one token, it gets a second one from
-    the block before, because a single token predicts nothing. Special tokens that are spelled out in a document are
-    plain text.
-
-    Args:
-        documents: One split or a corpus, map-style or streaming, with the column `text`.
-        tokenizer: It must have an end-of-text token.
-        block_size: Tokens per block, at least 3.
-        isolate_documents: If False, blocks have only the column `input_ids`, and attention crosses the borders of
-            documents. If True, a column `position_ids` restarts at 0 with each document and each block. The model
-            takes a restart for a border that attention does not cross.
-
-    Raises:
-        UserError: If the tokenizer has no end-of-text token, or `block_size` is less than 3.
-    """
-    if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no end-of-text token (eos_token) to close documents with")
-    if block_size < 3:
-        raise UserError(f"block_size must be at least 3, so that every block has a token to predict, not {block_size}")
-    options = {"tokenizer": tokenizer, "block_size": block_size, "isolate_documents": isolate_documents}
-    return documents.map(_pack_batch, batched=True, batch_size=1000, remove_columns=["text"], fn_kwargs=options)
-
-
-def _pack_batch(
-    batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, block_size: int, isolate_documents: bool
-) -> dict[str, list[np.ndarray]]:
-    encoded = tokenizer(
-        batch["text"],
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        # Would warn of documents longer than `model_max_length`. Blocks are shorter.
-        verbose=False,
-    )
-    documents = [np.array([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encoded["input_ids"]]
-    lengths = [len(ids) for ids in documents]
-    cuts = np.arange(block_size, sum(lengths), block_size)
-    if sum(lengths) % block_size == 1:
-        # A block of one token has nothing to predict, so its loss would be undefined.
-        cuts[-1:] -= 1
-    columns = {"input_ids": np.concatenate(documents)}
-    if isolate_documents:
-        starts = np.union1d(np.cumsum([0, *lengths[:-1]]), cuts)
-        spans = np.diff(starts, append=sum(lengths))
-        columns["position_ids"] = np.concatenate([np.arange(span, dtype=np.int32) for span in spans])
-    return {name: np.split(values, cuts) for name, values in columns.items()}
-
-
-BLOCK_COLUMNS = {"input_ids", "position_ids", "seq_idx", "attention_mask"}
-
-
-def collate_blocks(blocks: list[dict[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
-    """Stacks blocks into `input_ids`, `labels`, and the columns that mark documents, all `[batch, length]`.
-
-    Blocks may mark documents with `position_ids` (as `pack` does), `seq_idx`, or an `attention_mask` of document
-    numbers. See `hf_alibi.model.documents`.
-
-    Labels equal the inputs, because the model shifts them by one. They are -100, which the loss ignores, at padding
-    and at the first token of each document, because nothing before it predicts it.
-
-    Shorter blocks are padded on the right. That needs no attention mask: attention is causal, so no token sees the
-    padding, and the positions of padding make it a document of its own.
-
-    Raises:
-        UserError: If blocks have a column that this function cannot pad.
-    """
-    if unknown := sorted(set(blocks[0]) - BLOCK_COLUMNS):
-        raise UserError(f"blocks have columns that cannot be stacked: {', '.join(unknown)}; remove them")
-    batch = {
-        column: pad_sequence([torch.tensor(block[column], dtype=torch.long) for block in blocks], batch_first=True)
-        for column in blocks[0]
-    }
-    lengths = torch.tensor([[len(block["input_ids"])] for block in blocks])
-    beyond_end = torch.arange(batch["input_ids"].shape[1]) - lengths  # [batch, length], negative before the padding
-    is_padding = beyond_end >= 0
-    begins = torch.zeros_like(is_padding)
-    if "position_ids" in batch:
-        batch["position_ids"] = torch.where(is_padding, beyond_end, batch["position_ids"])
-        begins |= F.pad(batch["position_ids"].diff(dim=1) < 1, (1, 0), value=True)
-    if "seq_idx" in batch:
-        batch["seq_idx"] = torch.where(is_padding, batch["seq_idx"].max() + 1, batch["seq_idx"])
-        begins |= F.pad(batch["seq_idx"].diff(dim=1) != 0, (1, 0), value=True)
-    if "attention_mask" in batch:
-        begins |= F.pad(batch["attention_mask"].diff(dim=1) != 0, (1, 0), value=True)
-        is_padding |= batch["attention_mask"] == 0
-    batch["labels"] = torch.where(begins | is_padding, -100, batch["input_ids"])
-    return batch

@@ -18,6 +18,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..errors import UserError
+from .mixture import Mixture
+from .token_store import TokenBlocks
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,8 @@ FREE = {
     "fp16_full_eval", "include_for_metrics", "batch_eval_metrics", "include_num_input_tokens_seen", "debug",
     "skip_memory_metrics", "torch_empty_cache_steps", "enable_jit_checkpoint", "ddp_timeout",
     "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers",
-    "train_file", "validation_file", "dataset_name", "max_eval_samples", "fresh_optimizer",
+    "train_file", "validation_file", "dataset_name", "prepared_data", "preprocessing_num_workers",
+    "max_eval_samples", "fresh_optimizer",
 }  # fmt: skip
 
 # The length of a run. It decides the learning rate of every step, unless the rate is constant.
@@ -70,9 +73,14 @@ def run_model(model: PreTrainedModel) -> dict[str, Any]:
     )
 
 
-def data_digest(blocks: Dataset) -> str:
+def data_digest(blocks: Dataset | TokenBlocks | Mixture) -> str:
     """Returns the SHA-256 of all blocks in order."""
     digest = hashlib.sha256()
+    if isinstance(blocks, TokenBlocks):
+        return blocks.digest()
+    if isinstance(blocks, Mixture):
+        parts = [data_digest(part) for part in blocks.parts]
+        return hashlib.sha256(json.dumps([parts, blocks.weights, blocks.seed]).encode()).hexdigest()
     for table in blocks.with_format("arrow").iter(batch_size=1000):
         for name in sorted(table.column_names):
             column = table[name].combine_chunks()

@@ -9,7 +9,8 @@
 - Uploads hold the model and its tokenizer, and no other file. The states of the optimizer and of the random number
   generators are pickles, so they are never uploaded. With the `hub_strategy` `checkpoint` or `all_checkpoints`, the
   folders on the Hub are models to load, not checkpoints to resume from.
-- Evaluation does not change the random numbers of training, so a resumed run may evaluate more or less often.
+- Evaluation and workers that live on do not change the random numbers of training, so a resumed run may evaluate more
+  or less often.
 - A resumed run logs, evaluates and saves as often as its own arguments say, not as often as those of the checkpoint.
   If the checkpoint is at the last step, no further step is made.
 
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo, HfApi
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SchedulerType
@@ -34,6 +36,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, Sched
 from ..errors import UserError
 from ..hub.files import make_tokenizer_portable, model_files
 from ..hub.publish import hub_errors, publish, require_private, upload
+from .mixture import Mixture
 from .run_record import versions, write_record
 from .stream import EndlessStream
 
@@ -165,6 +168,16 @@ class SafeTrainer(Trainer):
 
     # Training
 
+    def get_train_dataloader(self) -> DataLoader:
+        """Returns the data loader, whose seed for its workers is none of the random numbers of training.
+
+        Workers that live on get one seed for all epochs, but a resumed run starts them again and would draw another.
+        """
+        loader = super().get_train_dataloader()
+        if self.args.dataloader_persistent_workers:
+            getattr(loader, "base_dataloader", loader).generator = torch.Generator()
+        return loader
+
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Restores the state, but takes the intervals of logging, evaluating and saving from the new arguments."""
         start = super()._init_training_state(*args, **kwargs)
@@ -172,7 +185,12 @@ class SafeTrainer(Trainer):
         return start
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Stops at the last step before training another one. Trainer compares the number only after a step."""
+        """Stops at the last step before training another one. Trainer compares the number only after a step.
+
+        Tells a mixture its epoch, which accelerate does not do in several processes.
+        """
+        if isinstance(self.train_dataset, Mixture):
+            self.train_dataset.set_epoch(kwargs["epoch"])
         if self.state.global_step > self.state.max_steps:
             raise UserError(
                 f"the checkpoint is at step {self.state.global_step}, beyond the {self.state.max_steps} of this run"

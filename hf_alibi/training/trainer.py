@@ -1,6 +1,6 @@
 """Trains a causal language model on blocks of tokens with `transformers.Trainer`, and resumes interrupted runs.
 
-With `hf_alibi.training.data`, a few lines train a model:
+With `hf_alibi.training.data` and `packing`, a few lines train a model:
 
     corpus = standard_library_corpus()
     tokenizer = train_tokenizer(corpus["train"]["text"], vocab_size=4096)
@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from datasets import DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
@@ -29,7 +29,7 @@ from ..evaluation.perplexity import trainer_metrics
 from ..hub.checkpoints import check_vocabulary
 from ..hub.publish import publish
 from ..model.modeling_alibi_gpt import AlibiGPTForCausalLM
-from .data import collate_blocks
+from .packing import collate_blocks
 from .run_record import data_digest, read_record, refuse_changes, run_arguments, run_model
 from .safe_trainer import SafeTrainer
 from .stream import EndlessStream
@@ -38,7 +38,7 @@ from .stream import EndlessStream
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    blocks: DatasetDict | IterableDatasetDict,
+    blocks: Mapping[str, Any],
     args: TrainingArguments,
     checkpoint: str | None = None,
     *,
@@ -53,7 +53,8 @@ def train(
     Args:
         model: Any causal language model.
         tokenizer: Of the model.
-        blocks: A corpus after `hf_alibi.training.data.pack`. The split `validation` is optional.
+        blocks: A corpus after `hf_alibi.training.packing.pack`, or what `load_prepared` returns. `train` may also be
+            a `Mixture` or an `EndlessStream`. The split `validation` is optional.
         args: Trainer's arguments.
         checkpoint: Folder of a checkpoint to continue from; see `hf_alibi.training.resume.find_checkpoint`.
         fresh_optimizer: Whether to continue from the weights of `checkpoint` with a new optimizer, at the learning
@@ -79,7 +80,9 @@ def train(
     record: dict[str, Any] = {"arguments": run_arguments(args, arguments or {}), "model": run_model(model)}
     train_blocks = blocks["train"]
     if isinstance(train_blocks, IterableDataset):
-        train_blocks = EndlessStream(train_blocks, args.seed)
+        train_blocks = EndlessStream([train_blocks], args.seed)
+    if isinstance(train_blocks, EndlessStream):
+        train_blocks.check_workers(args.dataloader_num_workers)
     else:
         record["data"] = data_digest(train_blocks)
     if checkpoint:

@@ -35,7 +35,7 @@ from hf_alibi.evaluation.perplexity import (
     trainer_metrics,
     windows,
 )
-from hf_alibi.training.data import collate_blocks
+from hf_alibi.training.packing import collate_blocks
 
 SHAPE: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {

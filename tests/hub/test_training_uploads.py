@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM
 from hf_alibi.errors import UserError
 from hf_alibi.positions.sinusoidal import SinusoidalGPTConfig
-from hf_alibi.training.data import collate_blocks
+from hf_alibi.training.packing import collate_blocks
 from hf_alibi.training.safe_trainer import SafeTrainer
 from hf_alibi.training.trainer import train
 

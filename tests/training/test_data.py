@@ -18,13 +18,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from hf_alibi.errors import UserError
 from hf_alibi.hub.files import make_tokenizer_portable
 from hf_alibi.training.data import (
-    collate_blocks,
     load_file_corpus,
     load_hub_corpus,
-    pack,
     standard_library_corpus,
     train_tokenizer,
 )
+from hf_alibi.training.packing import collate_blocks, pack
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 

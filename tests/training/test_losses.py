@@ -25,7 +25,7 @@ from hf_alibi import (
     AlibiGPTForTokenClassification,
 )
 from hf_alibi.positions.sinusoidal import SinusoidalGPTConfig, SinusoidalGPTForCausalLM
-from hf_alibi.training.data import collate_blocks
+from hf_alibi.training.packing import collate_blocks
 from hf_alibi.training.trainer import train
 
 SHAPE: dict[str, Any] = {

@@ -75,6 +75,7 @@ RESUMABLE = {
     "isolated, accumulating": ["--isolate_documents", "--gradient_accumulation_steps", "2"],
     "streaming, accumulating": ["--streaming", "--gradient_accumulation_steps", "2"],
     "streaming in a worker": ["--streaming", "--dataloader_num_workers", "1"],
+    "workers that live on": ["--dataloader_num_workers", "1", "--dataloader_persistent_workers", "True"],
     "evaluating": ["--eval_strategy", "steps", "--eval_steps", "2", "--max_eval_samples", "4"],
     "bfloat16, checkpointed activations": ["--bf16", f"--{CHECKPOINTING}_checkpointing", "True"],
 }
@@ -97,13 +98,13 @@ def test_resumed_run_ends_with_the_same_weights(
 
 
 def test_a_stream_has_each_block_once_a_pass_and_other_orders(few_rows: str, tmp_path: Path) -> None:
-    from hf_alibi.training.data import load_file_corpus, pack, train_tokenizer
+    from hf_alibi.training import load_file_corpus, pack, train_tokenizer
     from hf_alibi.training.stream import EndlessStream
 
     corpus = load_file_corpus(few_rows, streaming=True, validation_percentage=0)
     blocks = pack(corpus, train_tokenizer(["text"], 258), 16)["train"]
     once = sorted(tuple(block["input_ids"]) for block in blocks)
-    stream = iter(EndlessStream(blocks, seed=0))
+    stream = iter(EndlessStream([blocks], seed=0))
     passes = [[tuple(next(stream)["input_ids"]) for _ in once] for _ in range(3)]
     assert all(sorted(order) == once for order in passes)
     assert len({tuple(order) for order in passes}) == 3

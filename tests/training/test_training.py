@@ -27,7 +27,8 @@ from transformers import (
 from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM
 from hf_alibi.cli import train as train_command
 from hf_alibi.errors import UserError
-from hf_alibi.training.data import pack, train_tokenizer
+from hf_alibi.training.data import train_tokenizer
+from hf_alibi.training.packing import pack
 from hf_alibi.training.trainer import check_vocabulary, train
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"

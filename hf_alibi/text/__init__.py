@@ -1,0 +1,1 @@
+"""Fast tokenising of documents of any length."""

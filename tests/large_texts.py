@@ -1,0 +1,59 @@
+"""Large texts made from Python's standard library, and the memory of commands that read them."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from hf_alibi.training.data import standard_library_corpus
+
+MEASURED = """
+import resource, sys
+from hf_alibi.__main__ import main
+main(sys.argv[1:])
+used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+seconds = sum(usage.ru_utime + usage.ru_stime for usage in used)
+print(f"{seconds:.0f} CPU seconds; megabytes in the largest process:", max(usage.ru_maxrss for usage in used) // 1024)
+"""
+
+
+def varied_texts(num_bytes: int) -> Iterator[str]:
+    """Yields texts of the standard library again and again, in which 2% of the words are new each time."""
+    texts = list(standard_library_corpus()["train"]["text"])
+    draws = random.Random(0)
+
+    def renamed(word: re.Match[str]) -> str:
+        return f"{word[0]}{draws.randrange(10**6)}" if draws.random() < 0.02 else word[0]
+
+    while num_bytes > 0:
+        text = re.sub(r"[a-z]{4,}", renamed, draws.choice(texts))
+        yield text
+        num_bytes -= len(text.encode())
+
+
+def write_jsonl(path: Path, num_bytes: int) -> None:
+    """Writes about `num_bytes` of varied texts, one in each row."""
+    with path.open("w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in varied_texts(num_bytes))
+
+
+def write_document(path: Path, num_bytes: int) -> None:
+    """Writes about `num_bytes` of varied texts as one document."""
+    with path.open("w") as file:
+        file.writelines(varied_texts(num_bytes))
+
+
+def peak_megabytes(folder: Path, *arguments: str) -> int:
+    """Runs `hf_alibi` with these arguments in `folder`. Returns the memory of its largest process."""
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "HF_DATASETS_CACHE": str(folder / "cache"),
+    }
+    command = [sys.executable, "-c", MEASURED, *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    print(done.stdout)
+    return int(done.stdout.split()[-1])
