@@ -20,6 +20,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
+from ..text.encoding import Encoder
 from ..training.data import load_file_corpus, standard_library_corpus, train_tokenizer
 from .files import read_json, write_json
 from .plan import Plan
@@ -165,13 +166,13 @@ def _write(
         piece: Take the middle of `DOCUMENTS` documents at a time, in parts that are multiples of so many tokens where
             documents are long enough; None for whole documents.
     """
+    encoder = Encoder(tokenizer)
     pieces: list[np.ndarray] = []
     batch: list[np.ndarray] = []
     left = wanted
     for document in chain(documents, [None]):
         if document is not None:
-            ids = tokenizer(document, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-            batch.append(np.array([*ids, tokenizer.eos_token_id], dtype=np.int32))
+            batch.append(np.append(*encoder([document]), np.int32(tokenizer.eos_token_id)))
         if document is None or piece is None or len(batch) == DOCUMENTS:
             taken = batch if piece is None else _middles(batch, left, piece)
             pieces += taken
