@@ -276,7 +276,6 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, AlibiGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # annotated too narrowly
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: AlibiGPTConfig) -> None:
         super().__init__(config)

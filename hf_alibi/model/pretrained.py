@@ -100,6 +100,10 @@ class AlibiGPTPreTrainedModel(UploadsCode, PreTrainedModel):
             ValueError: If its heads or layers cannot be divided.
         """
         check_shares(model.config, distributed_config)
+        if any((getattr(distributed_config, name, None) or 1) > 1 for name in ("fsdp_size", "dp_replicate_size")):
+            # Otherwise FSDP takes tied weights for two. If the vocabulary does not divide evenly among ranks, it then
+            # goes on computing with one of them as it was before the first step of the optimizer.
+            model.tie_weights()
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     @staticmethod
