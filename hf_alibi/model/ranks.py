@@ -1,10 +1,10 @@
 """One model in several processes: which part of it is here, and which ways of sharing it are refused.
 
-With tensor parallelism, each rank has some of the heads, with their slopes and windows. With pipeline parallelism, each
-rank has some of the layers. Torch's context parallelism gives each rank some of the tokens of a text.
+With tensor parallelism, each rank has some of the heads, with their slopes and windows. With pipeline parallelism,
+each rank has some of the layers. Torch's context parallelism gives each rank some of the tokens of a text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch.distributed as dist
@@ -90,7 +90,7 @@ def _sum_of_ranks(states: Tensor, group: Any) -> Tensor:
     return total
 
 
-def first_layer(layers: Sequence[nn.Module]) -> int:
+def first_layer(layers: Iterable[nn.Module]) -> int:
     """Returns the index of the first layer on this pipeline stage, 0 without pipeline parallelism.
 
     Transformers replaces the layers of other stages by identity modules. Their part of a cache stays empty.
@@ -136,5 +136,5 @@ def refuse_torch_context_parallel() -> None:
     if str(getattr(F.scaled_dot_product_attention, "__module__", "")).startswith("torch.distributed"):
         raise ValueError(
             "torch's context_parallel has no attention with ALiBi, so each rank would attend to its own tokens only. "
-            "Use hf_alibi.training.ContextParallel, or hf_alibi.training.SafeTrainer instead of Trainer; or set cp_size=1."
+            "Use hf_alibi.training.ContextParallel, or SafeTrainer of the same module instead of Trainer."
         )

@@ -100,7 +100,7 @@ class ContextShard:
         own_index: `[tokens]`, the indices of this rank's tokens in the row.
         is_divided: False for rows with fewer tokens than parts. Every rank then has the whole rows, and the first rank
             alone scores them.
-        bytes_by_head: Bytes that all ranks together have received in forward passes, by key-value head.
+        bytes_by_head: Bytes that this rank has received in the forward pass, by key-value head.
     """
 
     def __init__(
@@ -174,8 +174,8 @@ class ContextShard:
             reach = head_windows(slopes, bounds, tolerance).view(key.shape[1], -1).amax(1).tolist()
         plan = make_plan(self.parts, self.rank, self.lows, reach, key.device)
         row_bytes = self.batch * (key.shape[3] + value.shape[3]) * key.element_size()
-        sent = [tokens * row_bytes for tokens in plan.tokens_by_head]
-        self.bytes_by_head = [a + b for a, b in zip(self.bytes_by_head or [0] * len(sent), sent, strict=True)]
+        before = self.bytes_by_head or [0] * len(reach)
+        self.bytes_by_head = [a + b * row_bytes for a, b in zip(before, plan.tokens_by_head, strict=True)]
         # Autocast may give keys and values different dtypes.
         dtype = torch.promote_types(key.dtype, value.dtype)
         states = torch.cat([key.to(dtype), value.to(dtype)], -1)
@@ -200,7 +200,7 @@ class Plan(NamedTuple):
         sent_sizes: Number of rows for each rank.
         received: `[received rows]`, where the received rows are among all rows that this rank needs.
         received_sizes: Number of rows from each rank.
-        tokens_by_head: Number of tokens that all ranks together receive, by key-value head.
+        tokens_by_head: Number of tokens that this rank receives, by key-value head.
     """
 
     own: Tensor
@@ -254,7 +254,7 @@ def make_plan(
         [sum(map(len, rows)) for rows in sent],
         _index([r for rows in received for r in rows], device),
         [sum(map(len, rows)) for rows in received],
-        [sum(len(r) for a in ranks for b in ranks for r in moved(a, b, head)) for head in heads],
+        [sum(len(r) for other in ranks for r in moved(other, rank, head)) for head in heads],
     )
 
 
@@ -279,7 +279,7 @@ def _index(rows: list[range], device: torch.device) -> Tensor:
 
 
 class _Exchange(torch.autograd.Function):
-    """Sends rows to the ranks that need them; in the backward pass, their gradients back to the ranks they are from."""
+    """Sends rows to the ranks that need them; in the backward pass, sends their gradients back."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, plan: Plan, keys: int, group: Any) -> Tensor:
@@ -301,14 +301,13 @@ class _Exchange(torch.autograd.Function):
         # Several ranks may return gradients of one key. In 16 bits, their sum would be rounded each time.
         total = rows[plan.own].to(torch.promote_types(rows.dtype, torch.float32))
         total.index_add_(0, plan.sent, returned.to(total.dtype))
-        batch, heads, tokens, _ = ctx.shape
-        return total.to(grad.dtype).unflatten(0, (heads, tokens)).permute(2, 0, 1, 3), None, None, None
+        return total.to(grad.dtype).unflatten(0, tuple(ctx.shape[1:3])).permute(2, 0, 1, 3), None, None, None
 
 
 def _to_ranks(rows: Tensor, sizes: list[int], received_sizes: list[int], group: Any) -> Tensor:
     """Sends the next `sizes[r]` rows to each rank r, and returns what they send here."""
     received = rows.new_empty(sum(received_sizes), *rows.shape[1:])
     # As bytes, because not every backend can send every dtype.
-    as_bytes = [states.contiguous().view(torch.uint8) for states in (received, rows)]
-    dist.all_to_all_single(*as_bytes, received_sizes, sizes, group=group)
+    into, sent = (states.contiguous().view(torch.uint8) for states in (received, rows))
+    dist.all_to_all_single(into, sent, received_sizes, sizes, group=group)
     return received

@@ -91,8 +91,8 @@ class SafeTrainer(Trainer):
             ranks, kind = self.args.world_size, self.accelerator.distributed_type.value
             if self.accelerator.parallelism_config is not None or not kind.startswith("MULTI_"):
                 raise UserError(
-                    f"--context_parallel_size is for data parallelism of several processes, not for {kind}; with FSDP2 "
-                    "set parallelism_config_cp_size in accelerate's config"
+                    f"--context_parallel_size is for data parallelism of several processes, not for {kind}; with "
+                    "FSDP2 set parallelism_config_cp_size in accelerate's config"
                 )
             if ranks % size:
                 raise UserError(f"--context_parallel_size {size} does not divide the {ranks} processes")
