@@ -263,7 +263,8 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
 
         Returns:
             The cache, or `None` if it would not be lossless or cannot be read: without `window_guarantees`, with a
-            backend other than `sdpa`, or with weights that are sharded or on the meta device.
+            backend other than `sdpa`, with pipeline parallelism, or with weights that FSDP has sharded or that are on
+            the meta device. With tensor parallelism, the cache has the windows of this rank's heads.
         """
         return windowed_cache(self, offloading)
 
