@@ -14,7 +14,16 @@ from torch import Tensor
 
 import hf_alibi.training.context_parallel as context_parallel
 from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM, AlibiGPTForSequenceClassification
-from hf_alibi.positions import RotaryGPTConfig, RotaryGPTForCausalLM, SinusoidalGPTConfig, SinusoidalGPTForCausalLM
+from hf_alibi.positions import (
+    FoxGPTConfig,
+    FoxGPTForCausalLM,
+    KerpleGPTConfig,
+    KerpleGPTForCausalLM,
+    RotaryGPTConfig,
+    RotaryGPTForCausalLM,
+    SinusoidalGPTConfig,
+    SinusoidalGPTForCausalLM,
+)
 from hf_alibi.training import ContextParallel
 
 SHAPE: dict[str, Any] = {
@@ -63,6 +72,8 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], int, dict[str, Tensor]]] = {
     ),
     "rotary": (RotaryGPTForCausalLM, RotaryGPTConfig, {}, 300, {"position_ids": documents(140, 160)}),
     "sinusoidal": (SinusoidalGPTForCausalLM, SinusoidalGPTConfig, {}, 300, {"position_ids": documents(140, 160)}),
+    "FoX": (FoxGPTForCausalLM, FoxGPTConfig, {}, 300, {"position_ids": documents(140, 160)}),
+    "KERPLE": (KerpleGPTForCausalLM, KerpleGPTConfig, {}, 300, {"position_ids": documents(140, 160)}),
     "fewer tokens than parts": (AlibiGPTForCausalLM, AlibiGPTConfig, {}, 3, {}),
     "8,192 tokens": (
         AlibiGPTForCausalLM,
@@ -127,7 +138,8 @@ def compare(name: str, backend: str, balanced: bool, counter: Counter) -> None:
     assert abs(loss - one.loss) < 2e-6 * one.loss, (name, backend, balanced, loss, one.loss)
     for key, parameter in model.named_parameters():
         error = (total(parameter.grad) / 2 - right[key]).abs().max() / right[key].abs().max()
-        assert error < 1e-5, (name, backend, balanced, key, error)
+        # The gradients of gates are sums of large terms that cancel, so one process rounds them as much.
+        assert error < (5e-5 if "forget_proj" in key else 1e-5), (name, backend, balanced, key, error)
     # Ring attention passes the keys and values of each rank on to all others, in every layer.
     ring = rows * length * 2 * model.config.head_dim * 4 * model.config.num_hidden_layers
     if dist.get_rank() == 0:
