@@ -111,6 +111,9 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention backend, e.g. sdpa or eager; default: the model's own choice."}
     )
+    context_parallel_size: int = field(
+        default=1, metadata={"help": "Processes among which every block is divided, for long blocks."}
+    )
     fresh_optimizer: bool = field(
         default=False,
         metadata={"help": "Resume only from a checkpoint's weights, with a new optimizer; not bit for bit."},
@@ -167,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         training_args,
         checkpoint,
         fresh_optimizer=model_args.fresh_optimizer,
+        context_parallel_size=model_args.context_parallel_size,
         arguments=arguments,
     )
 
@@ -194,7 +198,7 @@ def check(model_args: ModelArguments, data_args: DataArguments, training_args: T
         raise UserError("--max_train_samples limits one data set: leave it out with --train_weights")
     in_range(data_args, 3, "block_size")
     in_range(data_args, 1, "max_train_samples", "max_eval_samples")
-    in_range(model_args, 1, "vocab_size")
+    in_range(model_args, 1, "vocab_size", "context_parallel_size")
     in_range(training_args, 1, *COUNTS)
     in_range(training_args, 0, *AMOUNTS, highest=MOST)
     in_range(training_args, 0, *FRACTIONS, highest=1)

@@ -54,13 +54,14 @@ UNDERSTOOD = (
 )
 
 
-def check_arguments(arguments: dict[str, Any], num_queries: int, cache: Cache | None) -> None:
+def check_arguments(arguments: dict[str, Any], num_queries: int, cache: Cache | None, cached_layer: int = 0) -> None:
     """Checks that no argument asks for something that this model does not do.
 
     Args:
         arguments: The `**kwargs` of the forward pass. `None` counts as not given.
         num_queries: Number of tokens in the pass.
         cache: The cache before this pass.
+        cached_layer: Index of a layer whose part of the cache is on this rank.
 
     Raises:
         ValueError: For the first such argument; the message names it.
@@ -81,7 +82,7 @@ def check_arguments(arguments: dict[str, Any], num_queries: int, cache: Cache | 
                     "is_causal=False is not supported: a token sees only itself and earlier tokens. Leave it out."
                 )
         elif name == "cache_position":
-            past = 0 if cache is None else cache.get_seq_length()
+            past = 0 if cache is None else cache.get_seq_length(cached_layer)
             if has_values(value) and value.flatten().tolist() != list(range(int(past), int(past) + num_queries)):
                 raise ValueError(
                     f"cache_position={value.tolist()} does not fit {num_queries} new tokens after {int(past)} cached "

@@ -157,6 +157,8 @@ class AlibiGPTConfig(UploadsCode, PreTrainedConfig):
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
+    # Everything outside the layers is one group, because tied weights must be in the same group.
+    base_model_fsdp_plan = {"layers.*": "free_full_weight"}
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),

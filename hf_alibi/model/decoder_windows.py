@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .cache import WindowedCache
 from .layers import AlibiGPTAttention
+from .ranks import heads_of_this_rank, is_divided
 from .recording import is_exported
 from .windows import WindowGuarantee, qk_norm_guarantee
 
@@ -25,14 +26,15 @@ def window_guarantees(decoder: Any) -> list[WindowGuarantee] | None:
 
 def windowed_cache(decoder: Any, offloading: bool) -> WindowedCache | None:
     """Returns an empty cache, see `AlibiGPTModel.windowed_cache`."""
-    is_here = not any(hasattr(weight, "device_mesh") or weight.is_meta for weight in decoder.parameters())
+    is_here = not any(is_divided(weight) or weight.is_meta for weight in decoder.parameters())
     can_be_read = is_here and decoder.config._attn_implementation == "sdpa"
     guarantees = window_guarantees(decoder) if can_be_read else None
     if guarantees is None:
         return None
     slopes = decoder.slopes(decoder.embed_tokens.weight).detach()
-    windows = [guarantee.windows for guarantee in guarantees]
-    return WindowedCache(windows, slopes, offloading, made_for=_slopes_and_gains(decoder))
+    heads = heads_of_this_rank(decoder.layers[0].self_attn.q_proj.weight, len(slopes))
+    windows = [guarantee.windows[heads] for guarantee in guarantees]
+    return WindowedCache(windows, slopes[heads], offloading, made_for=_slopes_and_gains(decoder))
 
 
 def check_windowed_cache(decoder: Any, cache: WindowedCache) -> None:

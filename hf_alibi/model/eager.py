@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inputs import AttentionInputs, local_slopes
+from .inputs import AttentionInputs
 from .layout import TokenLayout
 
 
@@ -27,7 +27,7 @@ def eager_attention_forward(
     """Computes attention by the formula, in float32 or float64.
 
     Args:
-        module: The attention module, for `local_slopes`.
+        module: The attention module. Other backends need its config.
         query: `[batch, heads, queries, head_dim]`.
         key: `[batch, key_value_heads, keys, head_dim]`.
         value: `[batch, key_value_heads, keys, head_dim]`.
@@ -39,7 +39,7 @@ def eager_attention_forward(
         The output `[batch, queries, heads, head_dim]` and the weights `[batch, heads, queries, keys]`.
     """
     dtype = value.dtype
-    slopes = local_slopes(module, attention_mask.slopes, query)
+    slopes = attention_mask.slopes.to(query.device)
     inputs = AttentionInputs(query, key, value, slopes, scaling).to(slopes.dtype).with_all_heads()
     scores = inputs.query @ inputs.key.transpose(2, 3) * scaling + attention_mask.dense_bias(slopes)
     weights = F.dropout(scores.softmax(-1), dropout)

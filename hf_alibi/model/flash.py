@@ -44,7 +44,7 @@ def flash_attention_2_forward(
     # Imported here, so that a checkpoint loads even if Transformers moves this function.
     from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 
-    inputs = attention_inputs(module, query, key, value, attention_mask, scaling, dropout)
+    inputs = attention_inputs(query, key, value, attention_mask, scaling, dropout)
     name = module.config._attn_implementation
     (flash, flash_varlen, *_), _ = lazy_import_flash_attention(name)
     if flash is None or flash_varlen is None:

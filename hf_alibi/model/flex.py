@@ -65,7 +65,7 @@ def flex_attention_forward(
     layout = attention_mask
     if dropout:
         raise ValueError(f"flex_attention has no dropout, got attention_dropout={dropout}; set it to 0, or use sdpa.")
-    inputs = attention_inputs(module, query, key, value, layout, scaling, dropout)
+    inputs = attention_inputs(query, key, value, layout, scaling, dropout)
     # The windows become Python numbers, so the CPU must wait for the device. For few queries that costs more than
     # windows save, and a compiled graph does not allow it.
     if not is_compiled() and query.shape[2] >= QUERY_BLOCK:

@@ -69,6 +69,7 @@ class SequenceClassificationHead:
             ValueError: If the last token of a row is ambiguous: with several documents in a row, with a
                 four-dimensional mask, or in a batch with neither a mask nor a `pad_token_id`.
         """
+        _refuse_divided_rows(kwargs)
         past_key_values = only_cache(past_key_values, cache)
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         outputs = self.model(  # type: ignore[attr-defined]
@@ -135,6 +136,7 @@ class TokenClassificationHead:
         Returns:
             The logits `[batch, queries, num_labels]` and, with `labels`, the mean loss per scored token.
         """
+        _refuse_divided_rows(kwargs)
         outputs = self.model(  # type: ignore[attr-defined]
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -188,6 +190,7 @@ class QuestionAnsweringHead:
         Returns:
             The logits of start and end, each `[batch, queries]`. With both positions also the mean of their losses.
         """
+        _refuse_divided_rows(kwargs)
         outputs = self.model(  # type: ignore[attr-defined]
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -291,6 +294,12 @@ def _not_padding(input_ids: Tensor | None, hidden_states: Tensor, pad_token_id: 
             "pad_token_id in the config."
         )
     return input_ids.to(hidden_states.device) != pad_token_id
+
+
+def _refuse_divided_rows(arguments: dict[str, Any]) -> None:
+    """Raises `ValueError` for rows that are divided among ranks, in which labels have other places."""
+    if arguments.get("context_shard") is not None:
+        raise ValueError("Context parallelism is for language models; train this model without it.")
 
 
 def _refuse_packed_rows(

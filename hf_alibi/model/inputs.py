@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .layout import TokenLayout
@@ -76,14 +75,11 @@ class AttentionInputs(NamedTuple):
 
 
 def attention_inputs(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scaling: float, dropout: float
+    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scaling: float, dropout: float
 ) -> AttentionInputs:
-    """Returns the inputs, with the slopes of this rank's heads and the dtype of autocast.
-
-    Unused slots of a static cache are removed.
+    """Returns the inputs in the dtype of autocast, without unused slots of a static cache.
 
     Args:
-        module: The attention module, for `local_slopes`.
         query: `[batch, heads, queries, head_dim]`.
         key: `[batch, key_value_heads, keys, head_dim]`.
         value: `[batch, key_value_heads, keys, head_dim]`.
@@ -91,8 +87,8 @@ def attention_inputs(
         scaling: Factor of the scores before the bias is added.
         dropout: Probability of dropping an attention weight.
     """
-    slopes, device = local_slopes(module, layout.slopes, query), query.device.type
-    inputs = AttentionInputs(query, key, value, slopes, scaling, dropout)
+    device = query.device.type
+    inputs = AttentionInputs(query, key, value, layout.slopes.to(query.device), scaling, dropout)
     if device != "meta" and torch.is_autocast_enabled(device):
         inputs = inputs.to(torch.get_autocast_dtype(device))
     if layout.length is not None:
@@ -107,32 +103,3 @@ def without_autocast(device: str) -> Any:
     The meta device has no autocast.
     """
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
-
-
-def local_slopes(module: Any, slopes: Tensor, query: Tensor) -> Tensor:
-    """Returns the slopes of the query heads in `query`, `[local heads, ...]`, on the device of `query`.
-
-    These are all heads, or with tensor parallelism those of this rank.
-
-    Args:
-        module: The attention module. With tensor parallelism, its `q_proj` has the device mesh.
-        slopes: `[heads, ...]`, as in `TokenLayout.slopes`.
-        query: `[batch, local heads, queries, head_dim]`.
-    """
-    num_heads, slopes = query.shape[1], slopes.to(query.device)
-    if num_heads == len(slopes):
-        return slopes
-    mesh = module.q_proj.weight.device_mesh
-    mesh = mesh["tp"] if mesh.ndim > 1 else mesh
-    if slopes.requires_grad:
-        # The view is a tensor of this layer only. Its gradient covers the rank's heads, so the hook sums over ranks.
-        slopes = slopes.view_as(slopes)
-        slopes.register_hook(lambda grad: _sum_of_ranks(grad, mesh.get_group()))
-    rank = mesh.get_local_rank()
-    return slopes[rank * num_heads : (rank + 1) * num_heads]
-
-
-def _sum_of_ranks(states: Tensor, group: Any) -> Tensor:
-    total = states.clone()
-    dist.all_reduce(total, group=group)
-    return total

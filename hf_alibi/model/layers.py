@@ -14,6 +14,7 @@ from .attention import backend
 from .configuration_alibi_gpt import AlibiGPTConfig
 from .layout import TokenLayout
 from .norms import AlibiGPTRMSNorm, known_gain, make_norm
+from .ranks import of_this_rank
 
 
 class SealedLayout:
@@ -80,7 +81,11 @@ class AlibiGPTAttention(nn.Module):
         query, key = self.with_positions(query, key, hidden_states, attention_mask.layout)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        output, weights = self.attend(query, key, value, attention_mask.layout, self.scaling, **kwargs)
+        layout = of_this_rank(attention_mask.layout, self.q_proj.weight, query.shape[1])
+        if layout.exchange is not None:
+            tolerance = self.config.window_tolerance
+            key, value = layout.exchange(query, key, value, layout.slopes, self.scaling, tolerance)
+        output, weights = self.attend(query, key, value, layout, self.scaling, **kwargs)
         return self.o_proj(output.reshape(*input_shape, -1)), weights
 
     def with_positions(

@@ -8,6 +8,7 @@ decide the distances.
 `token_layout` is called once per forward pass. Every attention backend works from its result.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -59,6 +60,8 @@ class TokenLayout(NamedTuple):
             the first `length` keys. `None` if more is hidden.
         runs: The runs of the batch, if they are cheaper than a mask. They contain the same information as the other
             attributes. `None` with cached tokens, with padding inside texts, or with a mask of the caller.
+        exchange: With context parallelism, a function that returns the keys and values of this layout, given the
+            queries, keys and values of this rank, the slopes, the factor of the scores, and the window tolerance.
     """
 
     slopes: Tensor
@@ -71,6 +74,7 @@ class TokenLayout(NamedTuple):
     mask: Tensor | None = None
     length: int | None = None
     runs: Runs | None = None
+    exchange: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def to(self, device: Any, **kwargs: Any) -> "TokenLayout":
         """Returns a copy on another device, with no shared results yet."""
@@ -165,6 +169,7 @@ def token_layout(
     position_ids: Tensor | None,
     past_key_values: Cache | None,
     packing: Packing | None = None,
+    cached_layer: int = 0,
 ) -> TokenLayout:
     """Returns the layout of one forward pass.
 
@@ -176,6 +181,7 @@ def token_layout(
         position_ids: `[batch or 1, queries]`.
         past_key_values: The cache before this pass.
         packing: Further arguments that describe documents.
+        cached_layer: Index of a layer whose part of the cache is on this rank.
 
     Raises:
         ValueError: If an argument does not fit the number of cached and new tokens, has the wrong type or shape, or
@@ -186,8 +192,8 @@ def token_layout(
     packing = packing or Packing()
     past, num_keys = 0, num_queries
     if past_key_values is not None:
-        past = past_key_values.get_seq_length()
-        num_keys, _ = past_key_values.get_mask_sizes(num_queries, 0)
+        past = past_key_values.get_seq_length(cached_layer)
+        num_keys, _ = past_key_values.get_mask_sizes(num_queries, cached_layer)
     tracing = not has_values(inputs_embeds)
     if isinstance(past, Tensor) and not tracing:
         past = int(past)

@@ -28,6 +28,7 @@ from .norms import make_norm
 from .outputs import as_asked, is_asked, selected_states
 from .paged import PagedCache, is_paged, paged_layout
 from .pretrained import AlibiGPTPreTrainedModel
+from .ranks import first_layer, refuse_torch_context_parallel, whole_kwargs
 from .versions import warn_if_newer_than_tried
 from .windows import WindowGuarantee
 
@@ -89,7 +90,8 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             cache: Another name of `past_key_values`. Continuous batching passes its cache under this name, see
                 `paged_layout`.
             return_dict: Whether to return an output object, not a tuple; `None` for the config's value.
-            kwargs: `seq_idx`, `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k`, which describe
+            kwargs: `context_shard`, this rank's part of the rows (`hf_alibi.training.ContextParallel` makes it);
+                `seq_idx`, `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k`, which describe
                 documents (`documents.py`), and `output_hidden_states` and `output_attentions`, which override the
                 config.
 
@@ -103,6 +105,9 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        refuse_torch_context_parallel()
+        kwargs, stage_start = whole_kwargs(kwargs), first_layer(self.layers)
+        shard = kwargs.pop("context_shard", None)
         past_key_values = only_cache(past_key_values, cache)
         if past_key_values is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             raise ValueError(
@@ -112,7 +117,12 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if past_key_values is None and self._makes_cache(use_cache):
+        if shard is not None and (past_key_values is not None or attention_mask is not None):
+            raise ValueError(
+                "With context parallelism, leave out past_key_values and attention_mask: there is no cache, and "
+                "ContextParallel.split has taken the mask into account."
+            )
+        if past_key_values is None and shard is None and self._makes_cache(use_cache):
             past_key_values = DynamicCache(config=self.config)
 
         if isinstance(past_key_values, WindowedCache):
@@ -125,11 +135,19 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             past_key_values = PagedCache(past_key_values, kwargs)
         else:
             packing = Packing.taken_from(kwargs)
-            check_arguments(kwargs, inputs_embeds.shape[1], past_key_values)
-            layout = token_layout(slopes, inputs_embeds, attention_mask, position_ids, past_key_values, packing)
+            check_arguments(kwargs, inputs_embeds.shape[1], past_key_values, stage_start)
+            layout = (
+                token_layout(
+                    slopes, inputs_embeds, attention_mask, position_ids, past_key_values, packing, stage_start
+                )
+                if shard is None
+                else shard.whole_layout(slopes)
+            )
         layout = self.with_bias(layout)
         if not self.has_linear_bias:
             check_any_bias(self.config._attn_implementation)
+        if shard is not None:
+            layout = shard.own_layout(layout)
         wanted_states = is_asked("output_hidden_states", kwargs, self.config)
         kwargs["output_attentions"] = is_asked("output_attentions", kwargs, self.config)
         if kwargs["output_attentions"] and not backend(self.config._attn_implementation).weights:
@@ -139,7 +157,11 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             )
         states, weights = [], []
         positions = layout.positions() if position_ids is None else position_ids.to(inputs_embeds.device)
-        hidden_states = self.dropout(self.embedding_norm(self.with_positions(inputs_embeds, positions)))
+        if isinstance(self.layers[0], nn.Identity):
+            # A later pipeline stage: these are hidden states, in a dtype that Transformers takes from some parameter.
+            hidden_states = inputs_embeds.to(self.dtype)
+        else:
+            hidden_states = self.dropout(self.embedding_norm(self.with_positions(inputs_embeds, positions)))
         sealed = SealedLayout(layout)
         # A draft model with early exit lowers num_hidden_layers.
         for layer in self.layers[: self.config.num_hidden_layers]:
@@ -241,7 +263,8 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
 
         Returns:
             The cache, or `None` if it would not be lossless or cannot be read: without `window_guarantees`, with a
-            backend other than `sdpa`, or with weights that are sharded or on the meta device.
+            backend other than `sdpa`, with pipeline parallelism, or with weights that FSDP has sharded or that are on
+            the meta device. With tensor parallelism, the cache has the windows of this rank's heads.
         """
         return windowed_cache(self, offloading)
 
@@ -254,7 +277,6 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, AlibiGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # annotated too narrowly
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: AlibiGPTConfig) -> None:
         super().__init__(config)

@@ -16,6 +16,11 @@ class AlibiGPTRMSNorm(nn.RMSNorm):
         return F.rms_norm(hidden_states, self.normalized_shape, self.weight.to(hidden_states.dtype), self.eps)
 
 
+# With tensor parallelism, Transformers replaces `forward` by a function of this name. It computes the same and lets
+# ranks sum the gradients of the gain. If the name changes, tensor parallelism has no windowed cache.
+SUMS_GRADIENTS = "ReplicatedWithGradAllReduce.install_forward."
+
+
 def make_norm(config: AlibiGPTConfig) -> nn.Module:
     """Returns a norm layer over `hidden_size`, of the type in the config."""
     if config.norm_type == "rmsnorm":
@@ -29,7 +34,9 @@ def known_gain(norm: nn.Module, size: int) -> Tensor | None:
     The output may have any size with hooks, a wrapper, a replaced `forward`, or a subclass. Parametrizations and
     sharding make subclasses too. A sharded, empty or offloaded weight is not the one that is used in the forward pass.
     """
-    if type(norm) is not AlibiGPTRMSNorm or "forward" in vars(norm) or norm._forward_hooks or norm._forward_pre_hooks:
+    replaced = vars(norm).get("forward")
+    is_changed = replaced is not None and not getattr(replaced, "__qualname__", "").startswith(SUMS_GRADIENTS)
+    if type(norm) is not AlibiGPTRMSNorm or is_changed or norm._forward_hooks or norm._forward_pre_hooks:
         return None
     gain: Any = getattr(norm, "weight", None)
     is_whole = type(gain) in (nn.Parameter, Tensor) and not gain.is_meta and gain.shape == (size,)

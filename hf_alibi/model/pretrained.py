@@ -15,6 +15,7 @@ from .attention import backend
 from .cache_names import only_cache
 from .configuration_alibi_gpt import AlibiGPTConfig
 from .flash import HOW_TO_GET_FLASH_ATTENTION
+from .ranks import check_shares, is_part, weights_of_all_stages
 from .saved_code import UploadsCode, save_code
 
 
@@ -67,11 +68,14 @@ class AlibiGPTPreTrainedModel(UploadsCode, PreTrainedModel):
     ) -> None:
         """Saves the model with its code, so that it also loads where this package is not installed.
 
-        With `trust_remote_code=True`, the Auto classes then load the code from the folder.
+        With `trust_remote_code=True`, the Auto classes then load the code from the folder. With pipeline parallelism,
+        the first rank saves the weights of all stages, so all ranks must call this method.
         """
         self.config.auto_map = dict(self._auto_map)
         if is_main_process and not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0):
             save_code(self._auto_map, save_directory)
+        if is_part(self) and kwargs.get("state_dict") is None:
+            kwargs["state_dict"] = weights_of_all_stages(self)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
@@ -87,6 +91,20 @@ class AlibiGPTPreTrainedModel(UploadsCode, PreTrainedModel):
             return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
         except ImportError as error:
             raise ImportError(f"{error} {HOW_TO_GET_FLASH_ATTENTION}") from error
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Divides the model among ranks, before weights are loaded.
+
+        Raises:
+            ValueError: If its heads or layers cannot be divided.
+        """
+        check_shares(model.config, distributed_config)
+        if any((getattr(distributed_config, name, None) or 1) > 1 for name in ("fsdp_size", "dp_replicate_size")):
+            # Otherwise FSDP takes tied weights for two. If the vocabulary does not divide evenly among ranks, it then
+            # goes on computing with one of them as it was before the first step of the optimizer.
+            model.tie_weights()
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(

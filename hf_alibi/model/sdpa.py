@@ -40,7 +40,7 @@ def sdpa_attention_forward(
     if is_exported() or (has_any_length(query, key) and not is_one_operator(dropout, query, key, value)):
         # A recorded loop over tiles would hold for this length only.
         layout = layout._replace(length=None)
-    inputs = attention_inputs(module, query, key, value, layout, scaling, dropout)
+    inputs = attention_inputs(query, key, value, layout, scaling, dropout)
     device, in_tiles = query.device.type, layout.length is not None or layout.runs is not None
     if device == "cpu" and in_tiles:
         inputs = inputs.with_lossless_windows(module.config.window_tolerance)

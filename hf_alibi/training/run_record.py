@@ -7,6 +7,7 @@ unchanged. `refuse_changes` compares a new record with the one in the checkpoint
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,18 @@ FREE = {
     "max_eval_samples", "fresh_optimizer",
 }  # fmt: skip
 
+# Arguments of later releases, with the value that earlier runs had. They are recorded only if they differ from it.
+ADDED_LATER = {"context_parallel_size": 1}
+
 # The length of a run. It decides the learning rate of every step, unless the rate is constant.
 LENGTH = {"max_steps", "num_train_epochs"}
 
 # Fields of the config that do not change the model.
 NOT_THE_MODEL = {"transformers_version", "use_cache", "_name_or_path", "architectures", "auto_map"}
+
+
+# Variables in which `accelerate launch` passes how processes share the work.
+RANKS_OF_ACCELERATE = ("PARALLELISM_CONFIG_TP_SIZE", "PARALLELISM_CONFIG_CP_SIZE", "PARALLELISM_CONFIG_DP_SHARD_SIZE")
 
 
 def run_arguments(args: TrainingArguments, others: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,7 +64,12 @@ def run_arguments(args: TrainingArguments, others: Mapping[str, Any]) -> dict[st
     Returns:
         The arguments, the number of processes, and the number and kind of their devices.
     """
-    arguments = {name: value for name, value in {**others, **args.to_dict()}.items() if not _is_free(name)}
+    given = {name: value for name, value in others.items() if ADDED_LATER.get(name, ...) != value}
+    arguments = {name: value for name, value in {**given, **args.to_dict()}.items() if not _is_free(name)}
+    if accelerate_sizes := {
+        name: os.environ[name] for name in RANKS_OF_ACCELERATE if os.environ.get(name, "1") != "1"
+    }:
+        arguments["ranks"] = accelerate_sizes
     arguments |= {"processes": args.world_size, "devices": max(1, args.n_gpu), "device": args.device.type}
     return _as_json(arguments)
 

@@ -11,6 +11,9 @@
   folders on the Hub are models to load, not checkpoints to resume from.
 - Evaluation and workers that live on do not change the random numbers of training, so a resumed run may evaluate more
   or less often.
+- Rows can be divided among ranks, which is exact (`hf_alibi.training.context_parallel`): with
+  `context_parallel_size`, and with accelerate's `ParallelismConfig(cp_size=...)`, which needs FSDP2.
+- A warning says if accelerate ignores FSDP.
 - A resumed run logs, evaluates and saves as often as its own arguments say, not as often as those of the checkpoint.
   If the checkpoint is at the last step, no further step is made.
 
@@ -18,7 +21,9 @@ Plain Trainer has no option for any of this. If you upload with it, log in with 
 `hub_token`: then the pickle does not hold the token.
 """
 
+import contextlib
 import logging
+import os
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
@@ -26,7 +31,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import CommitInfo, HfApi
+from torch.distributed.device_mesh import init_device_mesh
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -36,6 +43,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, Sched
 from ..errors import UserError
 from ..hub.files import make_tokenizer_portable, model_files
 from ..hub.publish import hub_errors, publish, require_private, upload
+from .context_parallel import ContextParallel
 from .mixture import Mixture
 from .run_record import versions, write_record
 from .stream import EndlessStream
@@ -49,15 +57,83 @@ class SafeTrainer(Trainer):
     Args:
         record: The identity of the run (see `hf_alibi.training.run_record`), which each checkpoint gets.
         fresh_optimizer: Whether to resume with a new optimizer, at the learning rate of the checkpoint's step.
+        context_parallel_size: Number of ranks among which every row is divided. They get the same batches.
     """
 
     def __init__(
-        self, *args: Any, record: dict[str, Any] | None = None, fresh_optimizer: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        record: dict[str, Any] | None = None,
+        fresh_optimizer: bool = False,
+        context_parallel_size: int = 1,
+        **kwargs: Any,
     ) -> None:
         self.record = record or {}
         self.fresh_optimizer = fresh_optimizer
         self.pushes: list[Future[CommitInfo]] = []
         super().__init__(*args, **kwargs)
+        self.context_parallel = self._context_parallel(context_parallel_size)
+        self._warn_if_not_sharded()
+
+    # Several processes
+
+    def _context_parallel(self, size: int) -> ContextParallel | None:
+        """Returns how rows are divided among `size` ranks, or as accelerate's config says; `None` if they are not.
+
+        Raises:
+            UserError: For arguments that do not go together with divided rows.
+        """
+        if size == 1 and self.get_cp_size() == 1:
+            return None
+        if self.label_smoother is not None or self.compute_loss_func is not None:
+            raise UserError("context parallelism needs the model's own loss: leave out --label_smoothing_factor")
+        if size > 1:
+            ranks, kind = self.args.world_size, self.accelerator.distributed_type.value
+            if self.accelerator.parallelism_config is not None or not kind.startswith("MULTI_"):
+                raise UserError(
+                    f"--context_parallel_size is for data parallelism of several processes, not for {kind}; with "
+                    "FSDP2 set parallelism_config_cp_size in accelerate's config"
+                )
+            if ranks % size:
+                raise UserError(f"--context_parallel_size {size} does not divide the {ranks} processes")
+            # Accelerate's data loaders give the ranks along "cp" the same batches.
+            self.accelerator.state.device_mesh = init_device_mesh(
+                self.args.device.type, (ranks // size, size), mesh_dim_names=("dp_replicate", "cp")
+            )
+        return ContextParallel(self.accelerator.torch_device_mesh["cp"].get_group())
+
+    def get_cp_size(self) -> int:
+        """Returns the number of ranks among which every row is divided."""
+        parallel = getattr(self, "context_parallel", None)
+        return super().get_cp_size() if parallel is None else dist.get_world_size(parallel.group)
+
+    def _warn_if_not_sharded(self) -> None:
+        asked = bool(self.args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        if asked and self.accelerator.distributed_type.value != "FSDP":
+            logger.warning(
+                "FSDP was asked for, but accelerate ignores it on %s: every process holds the whole model, as in DDP",
+                self.args.device.type,
+            )
+
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Trains on one batch. The model is in training mode before its inputs are prepared."""
+        model.train()
+        return super().training_step(model, *args, **kwargs)
+
+    def _prepare_context_parallel_inputs(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Divides rows in training. In evaluation every rank computes whole rows, as metrics need them."""
+        if self.context_parallel is not None and model.training:
+            inputs = self.context_parallel.split(inputs)
+        return contextlib.nullcontext, inputs
+
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Computes the loss. Trainer multiplies it by the number of ranks that share a row, also in evaluation."""
+        result = super().compute_loss(model, *args, **kwargs)
+        if self.context_parallel is None or model.training or kwargs.get("num_items_in_batch") is None:
+            return result
+        loss, *others = result if isinstance(result, tuple) else (result,)
+        loss = loss / self.get_cp_size()
+        return (loss, *others) if others else loss
 
     # Saving
 

@@ -43,6 +43,7 @@ def train(
     checkpoint: str | None = None,
     *,
     fresh_optimizer: bool = False,
+    context_parallel_size: int = 1,
     arguments: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Trains `model` on `blocks["train"]`, saves it with its tokenizer, and evaluates it on `blocks["validation"]`.
@@ -59,6 +60,7 @@ def train(
         checkpoint: Folder of a checkpoint to continue from; see `hf_alibi.training.resume.find_checkpoint`.
         fresh_optimizer: Whether to continue from the weights of `checkpoint` with a new optimizer, at the learning
             rate of its step. The weights will then differ from those of an uninterrupted run.
+        context_parallel_size: Number of processes among which every row is divided.
         arguments: Further arguments that decide the weights, by name. Those of `checkpoint` must be equal.
 
     Returns:
@@ -101,6 +103,7 @@ def train(
             compute_loss_func=partial(LabelSmoother(smoothing), shift_labels=True) if smoothing else None,
             record=record,
             fresh_optimizer=fresh_optimizer,
+            context_parallel_size=context_parallel_size,
             **trainer_metrics(tokenizer),
         )
     except UserError:

@@ -1,8 +1,8 @@
-"""Several processes: each uses the slopes and windows of its own heads, computed from whole weights."""
+"""Several processes: each uses the slopes and windows of its own heads, computed from whole weights.
 
-import os
-import subprocess
-import sys
+`ranks_infer.py` has tensor and pipeline parallelism. Training is in `tests/training/test_ranks.py`.
+"""
+
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from conftest import ModelFactory
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from two_processes import in_two_processes
 
 from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM
 from hf_alibi.positions import FoxGPTConfig, KerpleGPTConfig
@@ -99,25 +100,9 @@ dist.destroy_process_group()
 """
 
 
-def in_two_processes(code: str, folder: Path) -> dict[str, torch.Tensor]:
-    """Runs a program with the model in `folder / "model"`; returns what the first process saves."""
-    program, result = folder / "program.py", folder / "result.safetensors"
-    program.write_text(code)
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program), str(folder / "model")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", *command, str(result)], check=True, env=environment, timeout=300)
-    return load_file(result)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("trainable", [False, True], ids=["fixed slopes", "trainable slopes"])
-@pytest.mark.parametrize("heads", [(6, 6), (12, 4)], ids=["6-heads", "12-heads-grouped"])
-def test_two_ranks_compute_what_one_does(
-    make_model: ModelFactory, tmp_path: Path, heads: tuple[int, int], trainable: bool
-) -> None:
-    shape = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "clip_qkv": 1.0}
-    model = make_model(alibi_slopes_trainable=trainable, mlp_gated=True, mlp_bias=True, hidden_act="silu", **shape)
-    check_two_ranks(model, tmp_path)
+def test_two_shares_and_two_stages_compute_what_one_process_does(tmp_path: Path) -> None:
+    in_two_processes(Path(__file__).with_name("ranks_infer.py"), tmp_path)
 
 
 @pytest.mark.slow
@@ -131,7 +116,10 @@ def test_two_ranks_have_the_biases_of_their_heads(config_class: type[AlibiGPTCon
 
 def check_two_ranks(model: AlibiGPTForCausalLM, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
-    parallel = in_two_processes(PROGRAM, tmp_path)
+    program, result = tmp_path / "program.py", tmp_path / "result.safetensors"
+    program.write_text(PROGRAM)
+    in_two_processes(program, tmp_path / "model", result)
+    parallel = load_file(result)
     input_ids = torch.arange(3, 63)[None]
     expected = model(input_ids).logits
     torch.testing.assert_close(parallel["logits"], expected, rtol=0, atol=1e-5 * expected.abs().max().item())
@@ -150,7 +138,10 @@ def test_two_shards_compute_what_one_process_does(make_model: ModelFactory, tmp_
     Sharded trained slopes would be rounded, so they are refused, and the remedy in the error message works.
     """
     make_model(hidden_size=48, alibi_slopes_trainable=trainable).save_pretrained(tmp_path / "model")
-    sharded = in_two_processes(SHARDED, tmp_path)
+    program, result = tmp_path / "program.py", tmp_path / "result.safetensors"
+    program.write_text(SHARDED)
+    in_two_processes(program, tmp_path / "model", result)
+    sharded = load_file(result)
     input_ids = torch.arange(1300)[None] % 97
     mask = torch.where(torch.ones(1300, 1300).tril() > 0, 0.25, torch.finfo(torch.float32).min)[None, None]
     for implementation in ("sdpa", "eager"):

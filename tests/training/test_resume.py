@@ -355,6 +355,7 @@ CHANGED = {
     "dtype": (["--dtype", "bfloat16"], r'dtype \("bfloat16", not "float32"\)'),
     "backend": (["--attn_implementation", "eager"], r'attn_implementation \("eager", not null\)'),
     "fewer blocks": (["--max_train_samples", "9"], r"max_train_samples \(9, not null\)"),
+    "divided rows": (["--context_parallel_size", "2"], r"context_parallel_size \(2, not null\)"),
     "two": (["--weight_decay", "0.1", "--seed", "1"], r"seed \(1, not 42\), weight_decay \(0.1, not 0.0\)"),
     "other data": (["--train_file", "{other}"], "differs in its training data"),
     "streaming": (["--streaming"], r"streaming \(true, not false\)"),

@@ -23,6 +23,7 @@ from transformers import (
     GPT2LMHeadModel,
     TrainingArguments,
 )
+from two_processes import launched
 
 from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM
 from hf_alibi.cli import train as train_command
@@ -32,6 +33,7 @@ from hf_alibi.training.packing import pack
 from hf_alibi.training.trainer import check_vocabulary, train
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
+CONFIGS = SCRIPT.parent / "accelerate"
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
@@ -88,13 +90,56 @@ def test_script_trains_on_the_standard_library(tmp_path: Path) -> None:
     assert model.config.vocab_size == len(tokenizer) == 300
 
 
+LAUNCHES = {
+    "ddp": ("ddp", ["--per_device_train_batch_size", "1"]),
+    "fsdp2": ("fsdp2", ["--per_device_train_batch_size", "1"]),
+    "divided rows": ("ddp", ["--context_parallel_size", "2"]),
+}
+
+
 @pytest.mark.slow
-def test_two_processes(tmp_path: Path, rows: str) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(SCRIPT)]
-    arguments = ["--output_dir", str(tmp_path / "run"), *TINY, "--train_file", rows, "--max_steps", "3"]
-    subprocess.run([*launch, *arguments], env=environment(tmp_path), check=True)
-    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
-    assert results["eval_perplexity"] == pytest.approx(math.exp(results["eval_loss"]), rel=0.02)
+@pytest.mark.parametrize(("config", "options"), LAUNCHES.values(), ids=LAUNCHES.keys())
+def test_two_processes_train_as_one_does(
+    main: Callable[[list[str]], None], tmp_path: Path, rows: str, config: str, options: list[str]
+) -> None:
+    """`accelerate launch` starts two processes with each config. FSDP is ignored on the CPU, and a warning says so."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
+    arguments = [*TINY, "--config_overrides", "hidden_size=32,num_hidden_layers=2,num_attention_heads=12,head_dim=8"]
+    arguments += ["--train_file", rows, "--isolate_documents", "--max_steps", "3", "--save_steps", "3"]
+    arguments += ["--logging_steps", "1", "--max_eval_samples", "6"]
+    main(["--output_dir", str(tmp_path / "one"), *arguments])
+    cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    output = launched([*launch, str(SCRIPT), *arguments, *options, "--output_dir", str(tmp_path / "two")], **cache)
+    assert ("accelerate ignores it on cpu" in output) == (config == "fsdp2")
+    run = json.loads((tmp_path / "two" / "checkpoint-3" / "training_run.json").read_text())
+    assert run["arguments"]["processes"] == 2
+    states = [json.loads((tmp_path / name / "trainer_state.json").read_text()) for name in ("one", "two")]
+    logs = [[entry["loss"] for entry in state["log_history"][:3]] for state in states]
+    assert logs[1] == pytest.approx(logs[0], abs=1e-4)
+    results = [json.loads((tmp_path / name / "all_results.json").read_text()) for name in ("one", "two")]
+    assert results[1]["eval_perplexity"] == pytest.approx(results[0]["eval_perplexity"], rel=1e-4)
+    if "--context_parallel_size" in options:
+        assert results[1]["eval_loss"] == pytest.approx(results[0]["eval_loss"], abs=1e-4)
+
+
+def test_the_config_for_gpus_starts_two_processes_that_divide_rows(tmp_path: Path) -> None:
+    names = ("WORLD_SIZE", "ACCELERATE_USE_FSDP", "PARALLELISM_CONFIG_CP_SIZE")
+    program = tmp_path / "program.py"
+    program.write_text(f"import os\nprint(*(name + '=' + os.environ[name] for name in {names}), flush=True)")
+    config = CONFIGS / "fsdp2_context_parallel.yaml"
+    output = launched([sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(program)])
+    for setting in ("WORLD_SIZE=2", "ACCELERATE_USE_FSDP=true", "PARALLELISM_CONFIG_CP_SIZE=2"):
+        assert output.count(setting) == 2
+
+
+def test_rows_are_divided_among_several_processes_only(
+    main: Callable[[list[str]], None], tmp_path: Path, rows: str
+) -> None:
+    arguments = ["--output_dir", str(tmp_path / "run"), *TINY, "--train_file", rows, "--max_steps", "1"]
+    with pytest.raises(UserError, match="several processes, not for NO"):
+        main([*arguments, "--context_parallel_size", "2"])
+    with pytest.raises(UserError, match="context_parallel_size"):
+        main([*arguments, "--context_parallel_size", "0"])
 
 
 def test_fine_tuning_starts_from_the_checkpoint(

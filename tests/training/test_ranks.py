@@ -1,0 +1,13 @@
+"""Several processes: every way of sharing a training run gives the losses, gradients and weights of one process."""
+
+from pathlib import Path
+
+import pytest
+from two_processes import in_two_processes
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+    """DDP, FSDP2, tensor and context parallelism, with and without checkpointing, fixed and trained slopes."""
+    output = in_two_processes(Path(__file__).with_name("ranks_train.py"), tmp_path)
+    assert output.count("as one process") == 2 * 8
