@@ -303,7 +303,7 @@ class Decoder:
 
     def cache_mib(self) -> float:
         """Returns the size of the cache in MiB: that of all tensors in its layers, in full where it only has views."""
-        holders = [holder for layer in self.cache.layers for holder in (layer, *getattr(layer, "rings", []))]
+        holders = [holder for layer in self.cache.layers for holder in (layer, *getattr(layer, "buffers", []))]
         tensors = [x for holder in holders for x in vars(holder).values() if isinstance(x, Tensor)]
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
         return sum(storages.values()) / 2**20

@@ -30,7 +30,7 @@ from .inputs import AttentionInputs
 from .private_torch import CPU_FLASH, CPU_FLASH_BACKWARD, TRANSFORMS_ARE_ACTIVE, has_own_operator
 from .recording import is_compiled
 from .runs import Runs
-from .tiles import FULL_SPEED, Tile, in_pieces, joined, key_tiles, query_tiles
+from .tiles import FULL_SPEED, NEAR_BLOCK, Tile, in_pieces, joined, key_tiles, query_tiles
 
 # Keys per group in the gradient of the slopes, in which distances are measured from the start of a group. Smaller
 # groups keep these distances small, hence rounding low, but add more columns to every matrix product.
@@ -47,6 +47,8 @@ def causal_attention(inputs: AttentionInputs) -> Tensor:
     """
     query, slopes = inputs.query, inputs.slopes
     if is_one_operator(inputs.dropout, query, inputs.key, inputs.value, slopes):
+        if query.shape[2] <= NEAR_BLOCK and not is_compiled() and not torch.is_grad_enabled():
+            return _one_block(inputs)
         dtype = query.dtype
         # float16 kernels are slower than float32 ones, several times so in the backward pass. The gradient of the
         # slopes is a sum of large terms that cancel, which needs more precision than 16 bits.
@@ -62,6 +64,24 @@ def causal_attention(inputs: AttentionInputs) -> Tensor:
         bias = tile.bias(line, _corner(tile, query.shape[2]))
         outputs.append(kernel(inputs.with_states(*states), bias).flip(2))
     return torch.cat(outputs, dim=2)
+
+
+def _one_block(inputs: AttentionInputs) -> Tensor:
+    """Computes causal attention of one block of queries, without the cost of a call of the custom operator.
+
+    Returns:
+        `[batch, heads, queries, head_dim]`.
+    """
+    tiles = list(query_tiles(inputs.query, inputs.key, inputs.windows))
+    # The line covers only keys that a tile looks at.
+    first = min(tile.keys.start for tile in tiles)
+    line = _line(inputs.query, inputs.key[:, :, first:], inputs.slopes)
+    outputs = []
+    for tile in tiles:
+        states = tile.of_queries(inputs.query).flip(2), tile.of_keys(inputs.key), tile.of_keys(inputs.value)
+        bias = tile.bias(line, _corner(tile, inputs.query.shape[2]) - first)
+        outputs.append(kernel(inputs.with_states(*states), bias).flip(2))
+    return torch.cat(outputs, dim=1)
 
 
 def is_one_operator(dropout: float, query: Tensor, *others: Tensor) -> bool:

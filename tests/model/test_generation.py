@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, QuantizedCache, TextIteratorStreamer
 
 from hf_alibi import AlibiGPTForCausalLM, WindowedCache
-from hf_alibi.model import cache, generation
+from hf_alibi.model import cache, generation, tiles
 
 NEW = 40
 SHAPE: dict[str, Any] = {"num_attention_heads": 6, "alibi_slopes": [4.0, 2.0, 1.0, 0.5, 3.0, 0.7], "vocab_size": 290}
@@ -22,7 +22,7 @@ SHAPE: dict[str, Any] = {"num_attention_heads": 6, "alibi_slopes": [4.0, 2.0, 1.
 def small_rings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rings and chunks that are small enough for short texts to use many of them."""
     monkeypatch.setattr(cache, "SPARE", 5)
-    monkeypatch.setattr(cache, "SHARED_SLOTS", 12)
+    monkeypatch.setattr(tiles, "SHARED_KEYS", 12)
     monkeypatch.setattr(generation, "PREFILL_CHUNK", 50)
 
 
