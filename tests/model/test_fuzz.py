@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
-from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM
+from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM, WindowedCache
 from hf_alibi.model import cache, causal, flex, growing, inputs, layout, sdpa, tiles
 
 # Each module that imports a constant has its own copy, which must be changed too.
@@ -200,9 +200,9 @@ def cache_of(case: Case, model: AlibiGPTForCausalLM) -> Any:
         return DynamicCache(config=model.config)
     if case.cache == "static":
         return StaticCache(config=model.config, max_cache_len=case.length + case.seed % 3)
-    windowed = model.model.windowed_cache()
-    assert windowed is not None
-    return windowed
+    made = model.model.new_cache(windowed=case.cache == "windowed")
+    assert isinstance(made, WindowedCache) == (case.cache == "windowed")
+    return made
 
 
 @torch.no_grad()
