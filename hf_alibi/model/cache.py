@@ -29,23 +29,26 @@ from .tiles import neighbours
 SPARE = 64
 
 
+Index = slice | Tensor
+
+
 class Ring(Buffer):
     """A ring buffer with the keys and values of some heads of a layer. The newest overwrite the oldest.
 
     Attributes:
-        heads: `[heads]`, indices of its query heads.
-        kv_heads: `[key_value_heads]`, indices of its key-value heads.
+        heads: Index of its query heads: a slice if they are consecutive, which copies nothing, else `[heads]`.
+        kv_heads: The same for its key-value heads.
         slopes: `[heads]`, the slopes of its query heads.
         windows: `[heads]`, the distance that each of its query heads sees.
         window: The largest of `windows`.
     """
 
     def __init__(
-        self, heads: Tensor, kv_heads: Tensor, slopes: Tensor, windows: Tensor, spare: int, like: Tensor
+        self, heads: Index, kv_heads: Index, slopes: Tensor, windows: Tensor, spare: int, like: Tensor
     ) -> None:
         self.heads, self.kv_heads, self.slopes, self.windows = heads, kv_heads, slopes, windows
         self.window = int(windows.max())
-        super().__init__(self.window + 1 + spare, len(kv_heads), like)
+        super().__init__(self.window + 1 + spare, like)
         # Holds the latest line only.
         self._lines: dict[tuple[int, bool], Tensor] = {}
 
@@ -68,7 +71,7 @@ class Ring(Buffer):
         """Returns the bias of the last queries of a text, in reverse order, `[1, heads, queries, slots in use]`."""
         line, newest = self._line()
         corner = newest - (length - 1) % self.capacity
-        return bias_view(line, slice(0, len(self.heads)), num_queries, min(length, self.capacity), corner)
+        return bias_view(line, slice(0, len(self.windows)), num_queries, min(length, self.capacity), corner)
 
     def can_take_back(self, length: int) -> bool:
         """Whether the text can be cut to `length` tokens: no key that its next token sees has been overwritten."""
@@ -228,8 +231,14 @@ class WindowedLayer(GrowingLayer):
         size = len(self.windows) // len(self.kv_windows)
         heads = [size * head + i for head in kv_heads for i in range(size)]
         windows = torch.tensor([self.windows[head] for head in heads])
-        query_index, key_index = (torch.tensor(index, device=self.device) for index in (heads, kv_heads))
-        return Ring(query_index, key_index, self.slopes[query_index], windows, self.spare, like)
+        query_index, key_index = self._index(heads), self._index(kv_heads)
+        return Ring(query_index, key_index, self.slopes[query_index], windows, self.spare, like[:, key_index])
+
+    def _index(self, heads: list[int]) -> Index:
+        first = heads[0]
+        if heads == list(range(first, first + len(heads))):
+            return slice(first, first + len(heads))
+        return torch.tensor(heads, device=self.device)
 
     def _resize(self, spare: int, length: int) -> None:
         """Replaces the rings by rings with `spare` spare slots. The present ones hold the text up to `length`."""

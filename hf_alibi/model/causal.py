@@ -60,9 +60,9 @@ def causal_attention(inputs: AttentionInputs) -> Tensor:
     line = _line(query, inputs.key, slopes)
     # Without windows every head sees the same keys, so a tile contains all heads.
     for tile in query_tiles(query, inputs.key, None):
-        states = tile.of_queries(query).flip(2), tile.of_keys(inputs.key), tile.of_keys(inputs.value)
+        states = tile.of_queries(query), tile.of_keys(inputs.key), tile.of_keys(inputs.value)
         bias = tile.bias(line, _corner(tile, query.shape[2]))
-        outputs.append(kernel(inputs.with_states(*states), bias).flip(2))
+        outputs.append(reverse_kernel(inputs.with_states(*states), bias))
     return torch.cat(outputs, dim=2)
 
 
@@ -78,9 +78,9 @@ def _one_block(inputs: AttentionInputs) -> Tensor:
     line = _line(inputs.query, inputs.key[:, :, first:], inputs.slopes)
     outputs = []
     for tile in tiles:
-        states = tile.of_queries(inputs.query).flip(2), tile.of_keys(inputs.key), tile.of_keys(inputs.value)
+        states = tile.of_queries(inputs.query), tile.of_keys(inputs.key), tile.of_keys(inputs.value)
         bias = tile.bias(line, _corner(tile, inputs.query.shape[2]) - first)
-        outputs.append(kernel(inputs.with_states(*states), bias).flip(2))
+        outputs.append(reverse_kernel(inputs.with_states(*states), bias))
     return torch.cat(outputs, dim=1)
 
 
@@ -125,6 +125,13 @@ def _flat(states: Tensor, index: Tensor | None) -> Tensor:
     """Concatenates the rows of a batch and returns the tokens at `index`, `[1, heads, tokens, head_dim]`."""
     flat = states.transpose(1, 2).flatten(0, 1)  # [batch * tokens, heads, head_dim]
     return (flat if index is None else flat.index_select(0, index)).transpose(0, 1)[None]
+
+
+def reverse_kernel(inputs: AttentionInputs, bias: Tensor) -> Tensor:
+    """Computes `kernel` with a bias whose rows are in the reverse order of the queries, as `bias_view` makes it."""
+    if inputs.query.shape[2] == 1:
+        return kernel(inputs, bias)
+    return kernel(inputs._replace(query=inputs.query.flip(2)), bias).flip(2)
 
 
 def kernel(inputs: AttentionInputs, bias: Tensor) -> Tensor:

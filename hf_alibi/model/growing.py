@@ -34,10 +34,10 @@ class Buffer:
         values: `[batch, key_value_heads, slots, head_dim]`.
     """
 
-    def __init__(self, capacity: int, num_kv_heads: int, like: Tensor) -> None:
+    def __init__(self, capacity: int, like: Tensor) -> None:
         self.capacity = capacity
         self.lost = 0
-        self.keys = self.values = like.new_zeros(len(like), num_kv_heads, 0, like.shape[3])
+        self.keys = self.values = like.new_zeros(*like.shape[:2], 0, like.shape[3])
 
     def write(self, keys: Tensor, values: Tensor, start: int) -> None:
         """Stores keys and values `[batch, key_value_heads, tokens, head_dim]` at the positions from `start` on."""
@@ -114,7 +114,7 @@ class GrowingLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Creates empty buffers for states of this dtype, device and shape."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.buffers = [Buffer(UNLIMITED, key_states.shape[1], key_states)]
+        self.buffers = [Buffer(UNLIMITED, key_states)]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .cache import HeldKeys
-from .causal import attention_in_runs, causal_attention, is_one_operator, kernel
+from .causal import attention_in_runs, causal_attention, is_one_operator, kernel, reverse_kernel
 from .inputs import AttentionInputs, attention_inputs, without_autocast
 from .layout import TokenLayout
 from .recording import has_any_length, is_exported, is_recorded
@@ -105,17 +105,16 @@ def _masked(inputs: AttentionInputs, layout: TokenLayout) -> Tensor:
 def _windowed(query: Tensor, held: list[HeldKeys], layout: TokenLayout, scaling: float) -> Tensor:
     """Computes attention for each group of heads with its own keys; returns `[batch, queries, heads, head_dim]`."""
     output = torch.empty_like(query.transpose(1, 2))
-    for group in held:
-        ring = group.ring
-        slopes = layout.slopes[ring.heads]
-        inputs = AttentionInputs(query[:, ring.heads], group.keys, group.values, slopes, scaling)
-        with without_autocast(query.device.type):
+    with without_autocast(query.device.type):
+        for group in held:
+            ring = group.ring
+            slopes = layout.slopes[ring.heads]
+            inputs = AttentionInputs(query[:, ring.heads], group.keys, group.values, slopes, scaling)
             if not group.only_future_is_hidden(layout):
                 part = _masked(inputs, group.layout(layout))
             elif group.in_order:
                 part = causal_attention(inputs._replace(windows=ring.windows))
             else:
-                bias = ring.bias(query.shape[2], group.length)
-                part = kernel(inputs._replace(query=inputs.query.flip(2)), bias).flip(2)
-        output[:, :, ring.heads] = part.transpose(1, 2)
+                part = reverse_kernel(inputs, ring.bias(query.shape[2], group.length))
+            output[:, :, ring.heads] = part.transpose(1, 2)
     return output
