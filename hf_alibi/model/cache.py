@@ -4,10 +4,10 @@ With QK-norm the lossless windows (`windows.py`) are known in advance, so a key 
 needed again. Head h of a layer keeps W_h keys. Memory and time per decoded token therefore do not grow with the text.
 
 While the text is short, a layer keeps all keys, as in `growing.py`. Once windows save enough, heads with similar
-windows share a ring buffer. Position p of the text is stored in slot p modulo the capacity of the
-ring, so a new key overwrites one that has left the window. Relative to the newest key, the bias of the slots is a
-periodic function. The bias for every state of the ring is thus a view of one line (`alibi.ring_line`), and a decoding
-step moves no keys and computes no bias.
+windows share a ring buffer. Position p of the text is stored in slot p modulo the capacity of the ring, so a new key
+overwrites one that has left the window. Relative to the newest key, the bias of the slots is a periodic function. The
+bias for every state of the ring is thus a view of one line (`alibi.ring_line`), and a decoding step moves no keys and
+computes no bias.
 
 A ring has spare slots beyond the window. They allow several tokens to be added in one pass, and the last tokens to be
 removed again.

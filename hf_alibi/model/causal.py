@@ -47,7 +47,8 @@ def causal_attention(inputs: AttentionInputs) -> Tensor:
     """
     query, slopes = inputs.query, inputs.slopes
     if is_one_operator(inputs.dropout, query, inputs.key, inputs.value, slopes):
-        if query.shape[2] <= NEAR_BLOCK and not is_compiled() and not torch.is_grad_enabled():
+        is_short = query.shape[2] <= min(NEAR_BLOCK, inputs.key.shape[2] - 1)
+        if is_short and not is_compiled() and not torch.is_grad_enabled():
             return _one_block(inputs)
         dtype = query.dtype
         # float16 kernels are slower than float32 ones, several times so in the backward pass. The gradient of the
@@ -67,7 +68,7 @@ def causal_attention(inputs: AttentionInputs) -> Tensor:
 
 
 def _one_block(inputs: AttentionInputs) -> Tensor:
-    """Computes causal attention of one block of queries, without the cost of a call of the custom operator.
+    """Computes causal attention of a few queries with a cache, without the cost of a call of the custom operator.
 
     Returns:
         `[batch, heads, queries, head_dim]`.
