@@ -46,8 +46,9 @@ def sdpa_attention_forward(
         layout = layout._replace(length=None)
     inputs = attention_inputs(query, key, value, layout, scaling, dropout)
     device, in_tiles = query.device.type, layout.length is not None or layout.runs is not None
-    is_last = key_norms is not None and layout.mask is None and not is_recorded()
-    if device == "cpu" and (in_tiles or is_last):
+    # A cache that knows the norms has no empty slots, so the queries belong to the last keys.
+    at_the_end = key_norms is not None and layout.mask is None and not is_recorded()
+    if device == "cpu" and (in_tiles or at_the_end):
         inputs = inputs.with_lossless_windows(module.config.window_tolerance, key_norms)
     with without_autocast(device):
         if layout.length is not None:

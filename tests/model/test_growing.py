@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from conftest import ModelFactory
 from torch import Tensor
 from transformers import DynamicCache
 
-from hf_alibi import AlibiGPTForCausalLM, GrowingCache
+from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM, GrowingCache
+from hf_alibi.benchmark.measuring import MeasuringArguments, peak_mib
 from hf_alibi.model import causal, growing, inputs, layout, sdpa, tiles
 from hf_alibi.model.inputs import AttentionInputs
 
@@ -298,3 +300,24 @@ def test_a_compiled_model_reads_it(make_model: ModelFactory) -> None:
     compiled: Any = torch.compile(model, backend="aot_eager", dynamic=True)
     found = in_steps(compiled, tokens(), [40, 30, 1, 9], model.model.new_cache())
     assert_logits_close(found, exact(model, tokens()[:, :80]))
+
+
+def generating(length: int) -> Callable[[], Any]:
+    """Returns a call that reads a prompt and generates two tokens."""
+    config = AlibiGPTConfig(
+        vocab_size=8192, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, qk_norm=False, eos_token_id=None
+    )
+    model = AlibiGPTForCausalLM(config).eval()
+    prompt = torch.randint(3, 8192, (1, length), generator=torch.Generator().manual_seed(0))
+    # What a first call loads is no part of the cache.
+    model.generate(prompt[:, :3000], max_new_tokens=2)
+    return partial(model.generate, prompt, max_new_tokens=2)
+
+
+@pytest.mark.slow
+def test_a_long_prompt_takes_little_more_memory_than_its_keys_and_values() -> None:
+    length = 65536
+    of_cache = 2 * 6 * 512 * length * 4 / 2**20
+    peak = peak_mib(partial(generating, length), MeasuringArguments(device="cpu"))
+    print(f"{peak:,.0f} MiB, {peak / of_cache:.3f} times the keys and values")
+    assert of_cache < peak < 1.5 * of_cache
