@@ -43,12 +43,10 @@ class Ring(Buffer):
         window: The largest of `windows`.
     """
 
-    def __init__(
-        self, heads: Index, kv_heads: Index, slopes: Tensor, windows: Tensor, spare: int, like: Tensor
-    ) -> None:
+    def __init__(self, heads: Index, kv_heads: Index, slopes: Tensor, windows: Tensor, spare: int) -> None:
         self.heads, self.kv_heads, self.slopes, self.windows = heads, kv_heads, slopes, windows
         self.window = int(windows.max())
-        super().__init__(self.window + 1 + spare, like)
+        super().__init__(self.window + 1 + spare)
         # Holds the latest line only.
         self._lines: dict[tuple[int, bool], Tensor] = {}
 
@@ -222,17 +220,17 @@ class WindowedLayer(GrowingLayer):
         order = sorted(range(len(self.kv_windows)), key=self.kv_windows.__getitem__)
         groups = neighbours([self.kv_windows[head] for head in order])
         self.length, self.is_divided, self.key_norms = keys.shape[2], True, None
-        self.buffers = [self._ring(order[group], keys) for group in groups]
+        self.buffers = [self._ring(order[group]) for group in groups]
         for ring in self.buffers:
             ring.write(keys[:, ring.kv_heads], values[:, ring.kv_heads], 0)
         self._show()
 
-    def _ring(self, kv_heads: list[int], like: Tensor) -> Ring:
+    def _ring(self, kv_heads: list[int]) -> Ring:
         size = len(self.windows) // len(self.kv_windows)
         heads = [size * head + i for head in kv_heads for i in range(size)]
         windows = torch.tensor([self.windows[head] for head in heads])
         query_index, key_index = self._index(heads), self._index(kv_heads)
-        return Ring(query_index, key_index, self.slopes[query_index], windows, self.spare, like[:, key_index])
+        return Ring(query_index, key_index, self.slopes[query_index], windows, self.spare)
 
     def _index(self, heads: list[int]) -> Index:
         first = heads[0]
@@ -244,7 +242,7 @@ class WindowedLayer(GrowingLayer):
         """Replaces the rings by rings with `spare` spare slots. The present ones hold the text up to `length`."""
         self.spare = spare
         for i, old in enumerate(self.buffers):
-            self.buffers[i] = ring = Ring(old.heads, old.kv_heads, old.slopes, old.windows, spare, old.keys)
+            self.buffers[i] = ring = Ring(old.heads, old.kv_heads, old.slopes, old.windows, spare)
             ring.lost = max(old.lost, length - ring.capacity)
             keys, values = old.read(ring.lost, length)
             ring.write(keys, values, ring.lost)

@@ -30,21 +30,22 @@ class Buffer:
     Attributes:
         capacity: Maximum number of positions.
         lost: Number of positions at the start of the text that the buffer no longer stores, or never did.
-        keys: `[batch, key_value_heads, slots, head_dim]`. It grows up to `capacity` slots.
-        values: `[batch, key_value_heads, slots, head_dim]`.
+        keys: `[batch, key_value_heads, slots, head_dim]`, up to `capacity` slots; `None` before the first token.
+        values: As `keys`. The last dimension may have another size.
     """
 
-    def __init__(self, capacity: int, like: Tensor) -> None:
+    def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.lost = 0
-        self.keys = self.values = like.new_zeros(*like.shape[:2], 0, like.shape[3])
+        self.keys: Any = None
+        self.values: Any = None
 
     def write(self, keys: Tensor, values: Tensor, start: int) -> None:
         """Stores keys and values `[batch, key_value_heads, tokens, head_dim]` at the positions from `start` on."""
         end = start + keys.shape[2]
         # One after the other, so that only one old buffer is in memory.
-        self.keys = self._with_room(self.keys, min(end, self.capacity))
-        self.values = self._with_room(self.values, min(end, self.capacity))
+        self.keys = self._with_room(self.keys, min(end, self.capacity), keys)
+        self.values = self._with_room(self.values, min(end, self.capacity), values)
         for slots, positions in self._runs(max(start, end - self.capacity), end):
             tokens = slice(positions.start - start, positions.stop - start)
             self.keys[:, :, slots] = keys[:, :, tokens]
@@ -71,17 +72,18 @@ class Buffer:
             yield slice(slot, slot + stop - start), slice(start, stop)
             start = stop
 
-    def _with_room(self, states: Tensor, slots: int) -> Tensor:
-        """Returns a buffer with the same states and at least `slots` slots.
+    def _with_room(self, states: Tensor | None, slots: int, new: Tensor) -> Tensor:
+        """Returns a buffer with the same states and at least `slots` slots, for states like `new`.
 
         New slots are zero: masked keys must still be finite.
         """
-        held = states.shape[2]
-        if slots <= held:
+        held = 0 if states is None else states.shape[2]
+        if states is not None and slots <= held:
             return states
         size = min(self.capacity, max(slots, held + max(MIN_GROWTH, int(held * GROWTH))))
-        grown = states.new_empty(*states.shape[:2], size, states.shape[3])
-        grown[:, :, :held] = states
+        grown = new.new_empty(*new.shape[:2], size, new.shape[3])
+        if states is not None:
+            grown[:, :, :held] = states
         grown[:, :, held:] = 0
         return grown
 
@@ -114,7 +116,7 @@ class GrowingLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Creates empty buffers for states of this dtype, device and shape."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.buffers = [Buffer(UNLIMITED, key_states)]
+        self.buffers = [Buffer(UNLIMITED)]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -204,7 +206,7 @@ class GrowingLayer(CacheLayerMixin):
         self._change(lambda states: states.to(self.device, non_blocking=True))
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        for buffer in self.buffers:
+        for buffer in self.buffers if self.length > 0 else ():
             buffer.keys, buffer.values = change(buffer.keys), change(buffer.values)
         self._show()
 

@@ -227,6 +227,16 @@ def test_a_token_copies_no_other(make_model: ModelFactory) -> None:
     assert len(places) < 50
 
 
+def test_keys_and_values_may_differ_in_width_and_dtype() -> None:
+    layer, random = growing.GrowingLayer(), torch.Generator().manual_seed(0)
+    keys = torch.randn(2, 3, 20, 8, generator=random)
+    values = torch.randn(2, 3, 20, 5, generator=random).bfloat16()
+    for part in range(0, 20, 4):
+        found = layer.update(keys[:, :, part : part + 4], values[:, :, part : part + 4])
+    assert torch.equal(found[0], keys)
+    assert torch.equal(found[1], values)
+
+
 def test_what_a_cache_says_of_itself_is_what_a_dynamic_cache_says(make_model: ModelFactory) -> None:
     """Before the first token, in the middle, and after a reset; and both give the same logits."""
     model = without_norms(make_model, SHAPES["6-heads-unsorted"])
