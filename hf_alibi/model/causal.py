@@ -28,7 +28,7 @@ from .distance_gradient import backward_by_distance
 from .flops import register_flops
 from .inputs import AttentionInputs
 from .private_torch import CPU_FLASH, CPU_FLASH_BACKWARD, TRANSFORMS_ARE_ACTIVE, has_own_operator
-from .recording import is_compiled
+from .recording import has_values, is_compiled
 from .runs import Runs
 from .tiles import FULL_SPEED, NEAR_BLOCK, Tile, in_pieces, joined, key_tiles, query_tiles
 
@@ -48,7 +48,7 @@ def causal_attention(inputs: AttentionInputs) -> Tensor:
     query, slopes = inputs.query, inputs.slopes
     if is_one_operator(inputs.dropout, query, inputs.key, inputs.value, slopes):
         is_short = query.shape[2] <= min(NEAR_BLOCK, inputs.key.shape[2] - 1)
-        if is_short and not is_compiled() and not torch.is_grad_enabled():
+        if is_short and has_values(query) and not torch.is_grad_enabled():
             return _one_block(inputs)
         dtype = query.dtype
         # float16 kernels are slower than float32 ones, several times so in the backward pass. The gradient of the

@@ -15,7 +15,7 @@ from .cache import HeldKeys
 from .causal import attention_in_runs, causal_attention, is_one_operator, kernel, reverse_kernel
 from .inputs import AttentionInputs, attention_inputs, without_autocast
 from .layout import TokenLayout
-from .recording import has_any_length, is_exported, is_recorded
+from .recording import has_any_length, has_values, is_exported
 from .tiles import QUERY_BLOCK
 
 
@@ -47,7 +47,7 @@ def sdpa_attention_forward(
     inputs = attention_inputs(query, key, value, layout, scaling, dropout)
     device, in_tiles = query.device.type, layout.length is not None or layout.runs is not None
     # A cache that knows the norms has no empty slots, so the queries belong to the last keys.
-    at_the_end = key_norms is not None and layout.mask is None and not is_recorded()
+    at_the_end = key_norms is not None and layout.mask is None and has_values(query)
     if device == "cpu" and (in_tiles or at_the_end):
         inputs = inputs.with_lossless_windows(module.config.window_tolerance, key_norms)
     with without_autocast(device):
