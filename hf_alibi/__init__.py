@@ -14,6 +14,7 @@ from .model import saved_code
 from .model.alibi import alibi_bias, alibi_slopes
 from .model.cache import WindowedCache
 from .model.configuration_alibi_gpt import AlibiGPTConfig
+from .model.growing import GrowingCache
 from .model.modeling_alibi_gpt import (
     AlibiGPTForCausalLM,
     AlibiGPTForQuestionAnswering,
@@ -42,6 +43,7 @@ __all__ = [
     "AlibiGPTForTokenClassification",
     "AlibiGPTModel",
     "AlibiGPTPreTrainedModel",
+    "GrowingCache",
     "WindowedCache",
     "alibi_bias",
     "alibi_slopes",

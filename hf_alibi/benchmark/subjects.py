@@ -51,9 +51,12 @@ WITH_MASK = DENSE, MADE, POSITION_BIAS = (
 )
 PEERS = LLAMA, GPT2, BLOOM, MPT = "Llama", "GPT-2", "BLOOM", "MPT"
 EAGER, WINDOWED = "ALiBi, eager", "ALiBi, sdpa, windows"
+# Scores are bounded only by the norms at hand.
+NO_QK_NORM = "ALiBi, sdpa, no QK-norm"
 OWN_CACHE, DYNAMIC_CACHE = "ALiBi, WindowedCache", "ALiBi, DynamicCache"
 # Ways to decode, and the model of each.
-DECODERS = {OWN_CACHE: WINDOWED, DYNAMIC_CACHE: WINDOWED} | {peer: peer for peer in PEERS}
+DECODERS = {OWN_CACHE: WINDOWED, DYNAMIC_CACHE: WINDOWED, "ALiBi, no QK-norm, GrowingCache": NO_QK_NORM}
+DECODERS |= {peer: peer for peer in PEERS}
 # Names with a slash are repositories of kernels. Names with a bar are for continuous batching.
 BACKENDS = [backend for backend in ALL_BACKENDS if not {"/", "|"} & set(backend)]
 # Rows of a float64 mask that are computed together. It bounds the memory.
@@ -186,8 +189,9 @@ def build_model(name: str, shape: Shape) -> Any:
         # Transformers cannot tell this from GPT-2's class name, and would warn.
         model.loss_type = "ForCausalLM"
     else:
-        backend, tolerance = our_implementations()[name]
+        backend, tolerance = our_implementations()[WINDOWED if name == NO_QK_NORM else name]
         config = AlibiGPTConfig(
+            qk_norm=name != NO_QK_NORM,
             vocab_size=shape.vocab_size,
             hidden_size=shape.hidden_size,
             num_hidden_layers=shape.num_layers,
@@ -258,7 +262,7 @@ def dynamic_cache(model: Any) -> DynamicCache:
 
 def own_cache(model: Any) -> Cache:
     """Returns the cache that `generate` uses for a model of ours."""
-    return model.model.windowed_cache() or dynamic_cache(model)
+    return model.model.new_cache()
 
 
 def way_to_decode(name: str, shape: Shape) -> tuple[Build, Callable[[Any], Cache]]:
@@ -303,7 +307,7 @@ class Decoder:
 
     def cache_mib(self) -> float:
         """Returns the size of the cache in MiB: that of all tensors in its layers, in full where it only has views."""
-        holders = [holder for layer in self.cache.layers for holder in (layer, *getattr(layer, "rings", []))]
+        holders = [holder for layer in self.cache.layers for holder in (layer, *getattr(layer, "buffers", []))]
         tensors = [x for holder in holders for x in vars(holder).values() if isinstance(x, Tensor)]
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
         return sum(storages.values()) / 2**20

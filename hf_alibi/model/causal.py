@@ -28,9 +28,9 @@ from .distance_gradient import backward_by_distance
 from .flops import register_flops
 from .inputs import AttentionInputs
 from .private_torch import CPU_FLASH, CPU_FLASH_BACKWARD, TRANSFORMS_ARE_ACTIVE, has_own_operator
-from .recording import is_compiled
+from .recording import has_values, is_compiled
 from .runs import Runs
-from .tiles import FULL_SPEED, Tile, in_pieces, joined, key_tiles, query_tiles
+from .tiles import FULL_SPEED, NEAR_BLOCK, Tile, in_pieces, joined, key_tiles, query_tiles
 
 # Keys per group in the gradient of the slopes, in which distances are measured from the start of a group. Smaller
 # groups keep these distances small, hence rounding low, but add more columns to every matrix product.
@@ -47,6 +47,9 @@ def causal_attention(inputs: AttentionInputs) -> Tensor:
     """
     query, slopes = inputs.query, inputs.slopes
     if is_one_operator(inputs.dropout, query, inputs.key, inputs.value, slopes):
+        is_short = query.shape[2] <= min(NEAR_BLOCK, inputs.key.shape[2] - 1)
+        if is_short and has_values(query) and not torch.is_grad_enabled():
+            return _one_block(inputs)
         dtype = query.dtype
         # float16 kernels are slower than float32 ones, several times so in the backward pass. The gradient of the
         # slopes is a sum of large terms that cancel, which needs more precision than 16 bits.
@@ -58,10 +61,28 @@ def causal_attention(inputs: AttentionInputs) -> Tensor:
     line = _line(query, inputs.key, slopes)
     # Without windows every head sees the same keys, so a tile contains all heads.
     for tile in query_tiles(query, inputs.key, None):
-        states = tile.of_queries(query).flip(2), tile.of_keys(inputs.key), tile.of_keys(inputs.value)
+        states = tile.of_queries(query), tile.of_keys(inputs.key), tile.of_keys(inputs.value)
         bias = tile.bias(line, _corner(tile, query.shape[2]))
-        outputs.append(kernel(inputs.with_states(*states), bias).flip(2))
+        outputs.append(reverse_kernel(inputs.with_states(*states), bias))
     return torch.cat(outputs, dim=2)
+
+
+def _one_block(inputs: AttentionInputs) -> Tensor:
+    """Computes causal attention of a few queries with a cache, without the cost of a call of the custom operator.
+
+    Returns:
+        `[batch, heads, queries, head_dim]`.
+    """
+    tiles = list(query_tiles(inputs.query, inputs.key, inputs.windows))
+    # The line covers only keys that a tile looks at.
+    first = min(tile.keys.start for tile in tiles)
+    line = _line(inputs.query, inputs.key[:, :, first:], inputs.slopes)
+    outputs = []
+    for tile in tiles:
+        states = tile.of_queries(inputs.query), tile.of_keys(inputs.key), tile.of_keys(inputs.value)
+        bias = tile.bias(line, _corner(tile, inputs.query.shape[2]) - first)
+        outputs.append(reverse_kernel(inputs.with_states(*states), bias))
+    return torch.cat(outputs, dim=1)
 
 
 def is_one_operator(dropout: float, query: Tensor, *others: Tensor) -> bool:
@@ -105,6 +126,13 @@ def _flat(states: Tensor, index: Tensor | None) -> Tensor:
     """Concatenates the rows of a batch and returns the tokens at `index`, `[1, heads, tokens, head_dim]`."""
     flat = states.transpose(1, 2).flatten(0, 1)  # [batch * tokens, heads, head_dim]
     return (flat if index is None else flat.index_select(0, index)).transpose(0, 1)[None]
+
+
+def reverse_kernel(inputs: AttentionInputs, bias: Tensor) -> Tensor:
+    """Computes `kernel` with a bias whose rows are in the reverse order of the queries, as `bias_view` makes it."""
+    if inputs.query.shape[2] == 1:
+        return kernel(inputs, bias)
+    return kernel(inputs._replace(query=inputs.query.flip(2)), bias).flip(2)
 
 
 def kernel(inputs: AttentionInputs, bias: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The lossless windows of a whole decoder, and the windowed cache that is made for them.
+"""The lossless windows of a whole decoder, and the caches that are made for it.
 
 Windows are computed from the gains of QK-norm, if these alone bound every score (`norms.known_gain`).
 """
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .cache import WindowedCache
+from .growing import GrowingCache, GrowingLayer
 from .layers import AlibiGPTAttention
 from .ranks import heads_of_this_rank, is_divided
 from .recording import is_exported
@@ -37,24 +38,34 @@ def windowed_cache(decoder: Any, offloading: bool) -> WindowedCache | None:
     return WindowedCache(windows, slopes[heads], offloading, made_for=_slopes_and_gains(decoder))
 
 
-def check_windowed_cache(decoder: Any, cache: WindowedCache) -> None:
+def new_cache(decoder: Any, offloading: bool, windowed: bool) -> GrowingCache:
+    """Returns an empty cache, see `AlibiGPTModel.new_cache`."""
+    cache = windowed_cache(decoder, offloading) if windowed else None
+    if cache is not None:
+        return cache
+    return GrowingCache([GrowingLayer() for _ in range(decoder.config.num_hidden_layers)], offloading)
+
+
+def check_own_cache(decoder: Any, cache: GrowingCache) -> None:
     """Checks that the model can use this cache.
 
     Raises:
         ValueError: If the backend cannot read it, if the bias is not linear, if the model is being exported, or if the
             weights or modules from which its windows were computed have changed.
     """
+    if is_exported():
+        raise ValueError(
+            f"An exported program would fix the {type(cache).__name__} at its current length; pass a DynamicCache, or "
+            "set cache_implementation='dynamic' in the generation config."
+        )
+    if not isinstance(cache, WindowedCache):
+        return
     if decoder.config._attn_implementation != "sdpa":
         raise ValueError(
             f"Only sdpa can read a WindowedCache, not {decoder.config._attn_implementation}; pass a DynamicCache."
         )
     if not decoder.has_linear_bias:
         raise ValueError("A WindowedCache needs a linear bias, which alone gives windows; pass a DynamicCache.")
-    if is_exported():
-        raise ValueError(
-            "An exported program would fix the WindowedCache at its current length; pass a DynamicCache, or set "
-            "cache_implementation='dynamic' in the generation config."
-        )
     if cache.made_for is None:
         return
     now = _slopes_and_gains(decoder)

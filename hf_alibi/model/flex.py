@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inputs import QUERY_BLOCK, AttentionInputs, attention_inputs, without_autocast
+from .inputs import AttentionInputs, attention_inputs, without_autocast
 from .layout import TokenLayout
 from .private_torch import MASKED_INDEX
 from .recording import is_compiled
+from .tiles import QUERY_BLOCK
 
 # FlexAttention is a prototype in PyTorch. It is imported only where it is used, so that a checkpoint loads without it.
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""`generate` for AlibiGPT, which reads long prompts in chunks and uses the windowed cache by default."""
+"""`generate` for AlibiGPT, which reads long prompts in chunks and uses a cache of its own by default."""
 
 import copy
 from functools import wraps
@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
-from .cache import WindowedCache
 from .cache_names import CACHE_NAME, only_cache
 from .configuration_alibi_gpt import AlibiGPTConfig
 from .documents import Packing
+from .growing import GrowingCache
 from .layout import token_layout
 from .paged import paged_config
 
@@ -47,7 +47,9 @@ class AlibiGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Creates the windowed cache, unless the caller wants another or keys beyond the windows are still needed.
+        """Creates a cache of our own, unless the caller wants another, and reads prompts into it in chunks.
+
+        It is a windowed one if possible and if no keys beyond the windows are needed.
 
         Raises:
             ValueError: If an offloaded cache is requested for a model on the CPU.
@@ -61,14 +63,14 @@ class AlibiGenerationMixin(GenerationMixin):
         is_given = model_kwargs.get(CACHE_NAME) is not None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         is_default = implementation in (None, "offloaded") and not is_given
-        if is_default and generation_config.use_cache and _sees_newest_keys(model_kwargs.get("attention_mask")):
-            cache = self.model.windowed_cache(offloading=implementation == "offloaded")
-            if cache is not None:
-                if generation_config.is_assistant:
-                    cache.activate_past_recording()
-                model_kwargs[CACHE_NAME] = cache
+        if is_default and generation_config.use_cache:
+            needs_newest = _sees_newest_keys(model_kwargs.get("attention_mask"))
+            cache = self.model.new_cache(offloading=implementation == "offloaded", windowed=needs_newest)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+            model_kwargs[CACHE_NAME] = cache
         in_one_piece = generation_config.output_hidden_states or model_kwargs.get("inputs_embeds") is not None
-        if isinstance(model_kwargs.get(CACHE_NAME), WindowedCache) and not in_one_piece:
+        if isinstance(model_kwargs.get(CACHE_NAME), GrowingCache) and not in_one_piece:
             generation_config.prefill_chunk_size = generation_config.prefill_chunk_size or PREFILL_CHUNK
 
     def init_continuous_batching(

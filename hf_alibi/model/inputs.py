@@ -11,13 +11,8 @@ from torch import Tensor
 
 from .layout import TokenLayout
 from .recording import has_any_length
-from .tiles import FEW_KEYS
+from .tiles import FEW_KEYS, QUERY_BLOCK
 from .windows import head_windows, norm_bounds
-
-# Queries per kernel call where the bias is stored. More queries take more memory, fewer need more kernel calls. From
-# this number of queries on, windows are computed too; for fewer, the norms cost more time than windows save. It suits
-# PyTorch 2.13 on 2 CPU cores (AMD EPYC), measured with `hf_alibi benchmark attention --backends sdpa`.
-QUERY_BLOCK = 512
 
 
 class AttentionInputs(NamedTuple):
@@ -49,6 +44,17 @@ class AttentionInputs(NamedTuple):
         """Returns a copy with queries, keys and values in another dtype."""
         return self.with_states(self.query.to(dtype), self.key.to(dtype), self.value.to(dtype))
 
+    def of_heads(self, kv_heads: slice) -> "AttentionInputs":
+        """Returns the part that belongs to these key-value heads."""
+        size = self.query.shape[1] // self.key.shape[1]
+        heads = slice(size * kv_heads.start, size * kv_heads.stop)
+        part = self.with_states(self.query[:, heads], self.key[:, kv_heads], self.value[:, kv_heads])
+        return part._replace(slopes=self.slopes[heads], windows=None if self.windows is None else self.windows[heads])
+
+    def with_keys_from(self, first: int) -> "AttentionInputs":
+        """Returns a copy without the keys before `first`."""
+        return self.with_states(self.query, self.key[:, :, first:], self.value[:, :, first:])
+
     def with_all_heads(self) -> "AttentionInputs":
         """Returns a copy with keys and values repeated, so that each query head has its own."""
         groups = self.query.shape[1] // self.key.shape[1]
@@ -56,22 +62,25 @@ class AttentionInputs(NamedTuple):
             self.query, self.key.repeat_interleave(groups, 1), self.value.repeat_interleave(groups, 1)
         )
 
-    def with_lossless_windows(self, tolerance: float) -> "AttentionInputs":
+    def with_lossless_windows(self, tolerance: float, key_norms: Tensor | None = None) -> "AttentionInputs":
         """Returns a copy with lossless windows, or these inputs where windows would not save time.
 
         The windows are computed from the norms of the queries and keys of this call, never from weights. So adapters,
         hooks, sharding, and weights that changed after a key was cached cannot make them too narrow. For few queries,
-        computing the norms would cost more than windows save.
+        computing the norms of all keys would cost more than windows save.
 
         Args:
             tolerance: Fraction of a head's attention that may be lost, `AlibiGPTConfig.window_tolerance`.
+            key_norms: `[key_value_heads]`, a bound of the norms of the keys, if the cache knows one.
         """
         query, key = self.query, self.key
-        is_worth_it = has_any_length(query, key) or (key.shape[2] > FEW_KEYS and query.shape[2] >= QUERY_BLOCK)
+        is_cheap = key_norms is not None or query.shape[2] >= QUERY_BLOCK
+        is_worth_it = has_any_length(query, key) or (key.shape[2] > FEW_KEYS and is_cheap)
         # Only a linear bias gives windows.
         if not tolerance or not is_worth_it or self.slopes.dim() == 2:
             return self
-        return self._replace(windows=head_windows(self.slopes, norm_bounds(query, key, self.scaling), tolerance))
+        bounds = norm_bounds(query, key, self.scaling, key_norms)
+        return self._replace(windows=head_windows(self.slopes, bounds, tolerance))
 
 
 def attention_inputs(

@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import backend
 from .configuration_alibi_gpt import AlibiGPTConfig
+from .growing import GrowingCache
 from .layout import TokenLayout
 from .norms import AlibiGPTRMSNorm, known_gain, make_norm
 from .ranks import of_this_rank
@@ -79,13 +80,18 @@ class AlibiGPTAttention(nn.Module):
         key = self.k_norm(key.view(head_shape)).transpose(1, 2)
         value = value.view(head_shape).transpose(1, 2)
         query, key = self.with_positions(query, key, hidden_states, attention_mask.layout)
+        key_norms = None
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+            if isinstance(past_key_values, GrowingCache):
+                key_norms = past_key_values.key_norms(self.layer_idx)
         layout = of_this_rank(attention_mask.layout, self.q_proj.weight, query.shape[1])
         if layout.exchange is not None:
             tolerance = self.config.window_tolerance
             key, value = layout.exchange(query, key, value, layout.slopes, self.scaling, tolerance)
-        output, weights = self.attend(query, key, value, layout, self.scaling, **kwargs)
+            # Other ranks have other keys.
+            key_norms = None
+        output, weights = self.attend(query, key, value, layout, self.scaling, key_norms=key_norms, **kwargs)
         return self.o_proj(output.reshape(*input_shape, -1)), weights
 
     def with_positions(

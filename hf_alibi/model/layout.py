@@ -21,6 +21,7 @@ from .alibi import alibi_bias
 from .documents import Packing, Pass, check_one_document, document_starts
 from .recording import has_values, is_exported
 from .runs import Runs, find_runs
+from .tiles import QUERY_BLOCK
 
 
 @dataclass
@@ -59,7 +60,7 @@ class TokenLayout(NamedTuple):
         length: Number of cached and new tokens, if only the future is hidden. The queries then belong to the last of
             the first `length` keys. `None` if more is hidden.
         runs: The runs of the batch, if they are cheaper than a mask. They contain the same information as the other
-            attributes. `None` with cached tokens, with padding inside texts, or with a mask of the caller.
+            attributes. `None` for few queries with a cache, with padding inside texts, or with a mask of the caller.
         exchange: With context parallelism, a function that returns the keys and values of this layout, given the
             queries, keys and values of this rank, the slopes, the factor of the scores, and the window tolerance.
     """
@@ -321,8 +322,8 @@ def _simplified(layout: TokenLayout, batch: int, past: int, length: int) -> Toke
     one_document = first is None or bool((first <= 0).all())
     if no_padding and one_document:
         return layout._replace(length=length)
-    # With a cache there are usually few queries, for which one call with a mask is faster than many runs.
-    if past > 0:
+    # For few queries with a cache, one call with a mask is faster than many runs.
+    if past > 0 and layout.queries.shape[1] < QUERY_BLOCK:
         return layout
     # More keys than this would cost more than a mask saves.
-    return layout._replace(runs=layout._find_runs(batch, most_keys=2 * batch * layout.queries.shape[1]))
+    return layout._replace(runs=layout._find_runs(batch, most_keys=2 * batch * layout.keys.shape[1]))

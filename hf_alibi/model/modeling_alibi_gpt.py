@@ -18,9 +18,10 @@ from .attention import backend, check_any_bias
 from .cache import WindowedCache
 from .cache_names import CACHE_NAME, only_cache
 from .configuration_alibi_gpt import AlibiGPTConfig
-from .decoder_windows import check_windowed_cache, window_guarantees, windowed_cache
+from .decoder_windows import check_own_cache, new_cache, window_guarantees, windowed_cache
 from .documents import Packing
 from .generation import AlibiGenerationMixin
+from .growing import GrowingCache
 from .heads import QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead
 from .layers import AlibiGPTAttention, AlibiGPTDecoderLayer, SealedLayout
 from .layout import TokenLayout, token_layout
@@ -125,8 +126,8 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         if past_key_values is None and shard is None and self._makes_cache(use_cache):
             past_key_values = DynamicCache(config=self.config)
 
-        if isinstance(past_key_values, WindowedCache):
-            check_windowed_cache(self, past_key_values)
+        if isinstance(past_key_values, GrowingCache):
+            check_own_cache(self, past_key_values)
         slopes = self.slopes(inputs_embeds)
         if is_paged(past_key_values, kwargs):
             # Continuous batching always passes positions.
@@ -267,6 +268,15 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             the meta device. With tensor parallelism, the cache has the windows of this rank's heads.
         """
         return windowed_cache(self, offloading)
+
+    def new_cache(self, offloading: bool = False, windowed: bool = True) -> GrowingCache:
+        """Returns an empty cache: the windowed one if there is one, otherwise one that keeps every key.
+
+        Args:
+            offloading: Whether keys and values are kept on the CPU while other layers compute.
+            windowed: False for a cache that keeps every key in any case.
+        """
+        return new_cache(self, offloading, windowed)
 
 
 class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, AlibiGenerationMixin):

@@ -5,16 +5,18 @@ Where only the future is hidden, and where a batch can be cut into causal runs, 
 time.
 """
 
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cache import HeldKeys
-from .causal import attention_in_runs, causal_attention, is_one_operator, kernel
-from .inputs import QUERY_BLOCK, AttentionInputs, attention_inputs, without_autocast
+from .causal import attention_in_runs, causal_attention, is_one_operator, kernel, reverse_kernel
+from .inputs import AttentionInputs, attention_inputs, without_autocast
 from .layout import TokenLayout
-from .recording import has_any_length, is_exported
+from .recording import has_any_length, has_values, is_exported
+from .tiles import QUERY_BLOCK
 
 
 def sdpa_attention_forward(
@@ -25,11 +27,13 @@ def sdpa_attention_forward(
     attention_mask: TokenLayout,
     scaling: float,
     dropout: float = 0.0,
+    key_norms: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Computes attention with PyTorch's fused kernels. The arguments are those of `eager_attention_forward`.
 
-    With a windowed cache, groups of heads have different keys. Then `key` is a list of `HeldKeys`.
+    With a windowed cache, groups of heads have different keys. Then `key` is a list of `HeldKeys`. `key_norms`,
+    `[key_value_heads]`, is a bound of the norms of all keys, if the cache knows one.
 
     Returns:
         The output `[batch, queries, heads, head_dim]`, and `None` in place of attention weights.
@@ -42,16 +46,37 @@ def sdpa_attention_forward(
         layout = layout._replace(length=None)
     inputs = attention_inputs(query, key, value, layout, scaling, dropout)
     device, in_tiles = query.device.type, layout.length is not None or layout.runs is not None
-    if device == "cpu" and in_tiles:
-        inputs = inputs.with_lossless_windows(module.config.window_tolerance)
+    # A cache that knows the norms has no empty slots, so the queries belong to the last keys.
+    at_the_end = key_norms is not None and layout.mask is None and has_values(query)
+    if device == "cpu" and (in_tiles or at_the_end):
+        inputs = inputs.with_lossless_windows(module.config.window_tolerance, key_norms)
     with without_autocast(device):
         if layout.length is not None:
             output = causal_attention(inputs)
         elif layout.runs is not None:
             output = attention_in_runs(inputs, layout.runs)
+        elif inputs.windows is not None:
+            output = _after_padding(inputs, layout, inputs.windows)
         else:
             output = _masked(inputs, layout)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _after_padding(inputs: AttentionInputs, layout: TokenLayout, windows: Tensor) -> Tensor:
+    """Computes attention of the last tokens. Heads whose windows lie after all padding need no mask.
+
+    Returns:
+        `[batch, heads, queries, head_dim]`.
+    """
+    first = layout.clear_from()
+    furthest = windows.view(inputs.key.shape[1], -1).amax(1)
+    is_clear = (furthest <= inputs.key.shape[2] - inputs.query.shape[2] - first).tolist()
+    outputs = []
+    for needs_no_mask, group in groupby(range(len(is_clear)), key=is_clear.__getitem__):
+        start, *more = group
+        part = inputs.of_heads(slice(start, start + 1 + len(more)))
+        outputs.append(causal_attention(part.with_keys_from(first)) if needs_no_mask else _masked(part, layout))
+    return torch.cat(outputs, dim=1)
 
 
 def _masked(inputs: AttentionInputs, layout: TokenLayout) -> Tensor:
@@ -81,17 +106,16 @@ def _masked(inputs: AttentionInputs, layout: TokenLayout) -> Tensor:
 def _windowed(query: Tensor, held: list[HeldKeys], layout: TokenLayout, scaling: float) -> Tensor:
     """Computes attention for each group of heads with its own keys; returns `[batch, queries, heads, head_dim]`."""
     output = torch.empty_like(query.transpose(1, 2))
-    for group in held:
-        ring = group.ring
-        slopes = layout.slopes[ring.heads]
-        inputs = AttentionInputs(query[:, ring.heads], group.keys, group.values, slopes, scaling)
-        with without_autocast(query.device.type):
+    with without_autocast(query.device.type):
+        for group in held:
+            ring = group.ring
+            slopes = layout.slopes[ring.heads]
+            inputs = AttentionInputs(query[:, ring.heads], group.keys, group.values, slopes, scaling)
             if not group.only_future_is_hidden(layout):
                 part = _masked(inputs, group.layout(layout))
             elif group.in_order:
                 part = causal_attention(inputs._replace(windows=ring.windows))
             else:
-                bias = ring.bias(query.shape[2], group.length)
-                part = kernel(inputs._replace(query=inputs.query.flip(2)), bias).flip(2)
-        output[:, :, ring.heads] = part.transpose(1, 2)
+                part = reverse_kernel(inputs, ring.bias(query.shape[2], group.length))
+            output[:, :, ring.heads] = part.transpose(1, 2)
     return output

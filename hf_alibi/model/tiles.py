@@ -9,7 +9,7 @@ at once. The backward pass goes through blocks of keys, each with all queries th
 is free to do so, and fewer of the computed scores are masked out.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -36,6 +36,13 @@ KEY_BLOCK = 512
 MAX_BLOCKS = 8
 # Keys up to which windows are ignored. Skipping keys saves little there, and finding the windows costs time.
 FEW_KEYS = 1024
+# Keys beyond their windows, times queries, up to which heads share a forward tile or a ring of the windowed cache. A
+# larger number reads more keys for nothing, a smaller one needs more kernel calls per token. Measured with
+# `hf_alibi benchmark generation`.
+SHARED_KEYS = 2048
+# Queries per kernel call where the bias is stored. More queries take more memory, fewer need more kernel calls. From
+# this number of queries on, runs and the norms of all keys are worth their cost.
+QUERY_BLOCK = 512
 # Windows are rounded up to a multiple of this number of keys. A coarser grain computes more keys than needed, but lets
 # more heads share a tile.
 GRAIN = 128
@@ -130,8 +137,10 @@ def query_tiles(query: Tensor, key: Tensor, windows: Tensor | None) -> Iterator[
         block, members = FULL_SPEED if is_far else NEAR_BLOCK, list(alike)
         for start in range(0, num_queries, block):
             stop = min(start + block, num_queries)
-            for first, group in groupby(members, key=lambda head: max(0, past + start - reach[head])):
-                yield Tile(*_heads(group, size), slice(start, stop), slice(first, past + stop))
+            seen = [min(reach[head], past + start) for head in members]
+            for group in neighbours(seen, stop - start):
+                keys = slice(past + start - max(seen[group]), past + stop)
+                yield Tile(*_heads(members[group], size), slice(start, stop), keys)
 
 
 def key_tiles(query: Tensor, key: Tensor, windows: Tensor | None) -> Iterator[Tile]:
@@ -150,6 +159,24 @@ def key_tiles(query: Tensor, key: Tensor, windows: Tensor | None) -> Iterator[Ti
             # Otherwise no query sees these keys.
             if first < last:
                 yield Tile(*_heads(group, size), slice(first, last), slice(start, stop))
+
+
+def neighbours(windows: Sequence[int], num_queries: int = 1) -> list[slice]:
+    """Groups consecutive heads, so that all of a group can look as far as its largest window at little cost.
+
+    Args:
+        windows: The distance that each key-value head sees.
+        num_queries: Number of queries of each head.
+    """
+    most = SHARED_KEYS // num_queries
+    groups: list[slice] = []
+    for head in range(len(windows)):
+        group = windows[groups[-1].start : head + 1] if groups else []
+        if group and max(group) * len(group) - sum(group) <= most:
+            groups[-1] = slice(groups[-1].start, head + 1)
+        else:
+            groups.append(slice(head, head + 1))
+    return groups
 
 
 def _heads(kv_heads: Iterable[int], size: int) -> tuple[slice, slice]:

@@ -58,20 +58,29 @@ def qk_norm_bound(query_gain: Tensor, key_gain: Tensor) -> Tensor:
     return 1.01 * math.sqrt(len(query_gain)) * largest
 
 
-def norm_bounds(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+def largest_norms(states: Tensor) -> Tensor:
+    """Returns the largest norm among the states of each head, `[heads]`, at least in float32.
+
+    Args:
+        states: `[batch, heads, tokens, head_dim]`.
+    """
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    return torch.linalg.vector_norm(states.detach(), dim=-1, dtype=dtype).amax((0, 2))
+
+
+def norm_bounds(query: Tensor, key: Tensor, scaling: float, key_norms: Tensor | None = None) -> Tensor:
     """Returns U of every query head, `[heads]`, from the largest norms of its queries and keys.
 
     Args:
         query: `[batch, heads, queries, head_dim]`.
         key: `[batch, key_value_heads, keys, head_dim]`.
         scaling: Factor of the scores before the bias is added.
+        key_norms: `[key_value_heads]`, a bound of the norms of the keys before they got the dtype of the queries;
+            `None` to compute it.
     """
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    longest_query, longest_key = (
-        torch.linalg.vector_norm(states.detach(), dim=-1, dtype=dtype).amax((0, 2)) for states in (query, key)
-    )
-    groups = len(longest_query) // len(longest_key)
-    return longest_query * longest_key.repeat_interleave(groups) * scaling * (1 + 1e-6)
+    longest_query, longest_key = largest_norms(query), largest_norms(key) if key_norms is None else key_norms
+    rounding = 1 + 1e-6 + torch.finfo(query.dtype).eps
+    return longest_query * longest_key.repeat_interleave(len(longest_query) // len(longest_key)) * scaling * rounding
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,8 @@ class Case:
 def cases(draw: st.DrawFn, backends: tuple[str, ...] = ("eager", "sdpa")) -> Case:
     """Draws a case with one of these attention implementations."""
     backend = draw(st.sampled_from(backends))
-    cache = draw(st.sampled_from([None, None, "dynamic", "static", *(["windowed"] * 2 if backend == "sdpa" else [])]))
+    of_sdpa = ["windowed", "windowed", "growing"] if backend == "sdpa" else []
+    cache = draw(st.sampled_from([None, None, "dynamic", "static", "growing", *of_sdpa]))
     is_long = draw(st.integers(0, 9)) == 9
     config = draw(_configs(is_long, needs_windows=cache == "windowed"))
     shape = draw(st.sampled_from(SHAPES))

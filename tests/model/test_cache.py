@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from hf_alibi import AlibiGPTForCausalLM, WindowedCache
-from hf_alibi.model import cache
+from hf_alibi.model import cache, tiles
 from hf_alibi.model.alibi import alibi_bias, bias_view, ring_line
 
 LENGTH = 150
@@ -37,7 +37,7 @@ each_step = pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS.keys())
 def small_rings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rings with few spare slots, each for a few heads."""
     monkeypatch.setattr(cache, "SPARE", 5)
-    monkeypatch.setattr(cache, "SHARED_SLOTS", 12)
+    monkeypatch.setattr(tiles, "SHARED_KEYS", 12)
 
 
 def tokens(batch: int = 2, length: int = LENGTH) -> Tensor:
@@ -75,7 +75,7 @@ def assert_logits_close(actual: Tensor, expected: Tensor) -> None:
 
 def held(past: WindowedCache) -> int:
     """Returns the number of keys for which the first layer has slots."""
-    return sum(ring.keys.shape[1] * ring.keys.shape[2] for ring in past.layers[0].rings)
+    return sum(ring.keys.shape[1] * ring.keys.shape[2] for ring in past.layers[0].buffers)
 
 
 @pytest.mark.parametrize("length", [1, 7, 25, 26, 27, 31, 60, 100])
@@ -137,11 +137,11 @@ def test_held_keys_are_few_and_constant(make_model: ModelFactory) -> None:
     model = make_model(**SHAPES["4-heads"])
     past = windowed(model)
     in_steps(model, tokens(1, 500), [100] * 5, past)
-    after_500 = [ring.keys.data_ptr() for ring in past.layers[0].rings], held(past)
+    after_500 = [ring.keys.data_ptr() for ring in past.layers[0].buffers], held(past)
     in_steps(model, tokens(1, 900), [1] * 400, past)
-    assert ([ring.keys.data_ptr() for ring in past.layers[0].rings], held(past)) == after_500
+    assert ([ring.keys.data_ptr() for ring in past.layers[0].buffers], held(past)) == after_500
     windows = past.layers[0].windows
-    assert sum(windows) < held(past) <= sum(windows) + 4 * (cache.SPARE + 1) + cache.SHARED_SLOTS
+    assert sum(windows) < held(past) <= sum(windows) + 4 * (cache.SPARE + 1) + tiles.SHARED_KEYS
 
 
 def test_short_texts_are_held_as_a_whole(make_model: ModelFactory) -> None:
@@ -349,7 +349,7 @@ def test_a_mask_of_the_callers_goes_with_the_heads_of_a_ring(
 ) -> None:
     """All heads share a ring that has lost no key yet. In the ring, heads are sorted by window."""
     monkeypatch.setattr(cache, "SPARE", 64)
-    monkeypatch.setattr(cache, "SHARED_SLOTS", 2048)
+    monkeypatch.setattr(tiles, "SHARED_KEYS", 2048)
     model = make_model(num_attention_heads=4, alibi_slopes=[0.25, 4.0, 0.3, 3.0])
     input_ids = tokens(batch=1)
     mask = torch.rand(1, heads, LENGTH, LENGTH, generator=torch.Generator().manual_seed(0)) < 0.7

@@ -186,11 +186,12 @@ def test_a_trace_has_no_blocks(make_model: ModelFactory) -> None:
         assert_close(traced(*inputs), program(*inputs))
 
 
+@pytest.mark.parametrize(("qk_norm", "name"), [(True, "WindowedCache"), (False, "GrowingCache")])
 @torch.no_grad()
-def test_a_windowed_cache_is_not_exported(make_model: ModelFactory) -> None:
-    model = make_model()
-    program = Logits(model, model.model.windowed_cache())
-    with pytest.raises(ValueError, match="pass a DynamicCache"):
+def test_a_cache_of_our_own_is_not_exported(make_model: ModelFactory, qk_norm: bool, name: str) -> None:
+    model = make_model(qk_norm=qk_norm)
+    program = Logits(model, model.model.new_cache())
+    with pytest.raises(ValueError, match=f"would fix the {name} at its current length; pass a DynamicCache"):
         torch.export.export(program, (tokens(1, 5), torch.ones(1, 5)), strict=False)
 
 

@@ -20,17 +20,27 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
-from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM
-from hf_alibi.model import cache, causal, flex, inputs, sdpa, tiles
+from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM, WindowedCache
+from hf_alibi.model import cache, causal, flex, growing, inputs, layout, sdpa, tiles
 
 # Each module that imports a constant has its own copy, which must be changed too.
 SMALL_TILES = {
-    tiles: {"NEAR_BLOCK": 8, "FULL_SPEED": 24, "FAR": 40, "KEY_BLOCK": 16, "FEW_KEYS": 20, "GRAIN": 4},
-    causal: {"FULL_SPEED": 24, "SLOPE_GRAIN": 4},
+    tiles: {
+        "NEAR_BLOCK": 8,
+        "FULL_SPEED": 24,
+        "FAR": 40,
+        "KEY_BLOCK": 16,
+        "FEW_KEYS": 20,
+        "GRAIN": 4,
+        "SHARED_KEYS": 12,
+    },
+    causal: {"NEAR_BLOCK": 8, "FULL_SPEED": 24, "SLOPE_GRAIN": 4},
     inputs: {"FEW_KEYS": 20, "QUERY_BLOCK": 16},
     sdpa: {"QUERY_BLOCK": 16},
     flex: {"QUERY_BLOCK": 16},
-    cache: {"SPARE": 5, "SHARED_SLOTS": 12},
+    layout: {"QUERY_BLOCK": 16},
+    cache: {"SPARE": 5},
+    growing: {"MIN_GROWTH": 3},
 }
 # Fused kernels round elsewhere than plain operations, and the largest of a few errors varies by chance.
 FACTOR = 6
@@ -190,9 +200,9 @@ def cache_of(case: Case, model: AlibiGPTForCausalLM) -> Any:
         return DynamicCache(config=model.config)
     if case.cache == "static":
         return StaticCache(config=model.config, max_cache_len=case.length + case.seed % 3)
-    windowed = model.model.windowed_cache()
-    assert windowed is not None
-    return windowed
+    made = model.model.new_cache(windowed=case.cache == "windowed")
+    assert isinstance(made, WindowedCache) == (case.cache == "windowed")
+    return made
 
 
 @torch.no_grad()

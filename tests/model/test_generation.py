@@ -11,8 +11,8 @@ from tiny import tiny_tokenizer
 from torch import Tensor
 from transformers import DynamicCache, QuantizedCache, TextIteratorStreamer
 
-from hf_alibi import AlibiGPTForCausalLM, WindowedCache
-from hf_alibi.model import cache, generation
+from hf_alibi import AlibiGPTForCausalLM, GrowingCache, WindowedCache
+from hf_alibi.model import cache, generation, growing, inputs, tiles
 
 NEW = 40
 SHAPE: dict[str, Any] = {"num_attention_heads": 6, "alibi_slopes": [4.0, 2.0, 1.0, 0.5, 3.0, 0.7], "vocab_size": 290}
@@ -20,15 +20,18 @@ SHAPE: dict[str, Any] = {"num_attention_heads": 6, "alibi_slopes": [4.0, 2.0, 1.
 
 @pytest.fixture(autouse=True)
 def small_rings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rings and chunks that are small enough for short texts to use many of them."""
+    """Rings, buffers and chunks that short texts use many of, and windows for few keys."""
     monkeypatch.setattr(cache, "SPARE", 5)
-    monkeypatch.setattr(cache, "SHARED_SLOTS", 12)
+    monkeypatch.setattr(growing, "MIN_GROWTH", 5)
+    monkeypatch.setattr(inputs, "FEW_KEYS", 10)
+    monkeypatch.setattr(tiles, "FEW_KEYS", 10)
+    monkeypatch.setattr(tiles, "SHARED_KEYS", 12)
     monkeypatch.setattr(generation, "PREFILL_CHUNK", 50)
 
 
-@pytest.fixture
-def model(make_model: ModelFactory) -> AlibiGPTForCausalLM:
-    made = make_model(**SHAPE)
+@pytest.fixture(params=[True, False], ids=["windowed", "growing"])
+def model(make_model: ModelFactory, request: pytest.FixtureRequest) -> AlibiGPTForCausalLM:
+    made = make_model(**SHAPE, qk_norm=request.param)
     made.generation_config.pad_token_id = 0
     return made
 
@@ -46,11 +49,20 @@ def greedy(model: AlibiGPTForCausalLM, input_ids: Tensor, new_tokens: int = NEW)
     return input_ids
 
 
-def test_the_windowed_cache_is_the_default(model: AlibiGPTForCausalLM) -> None:
+def test_a_cache_of_our_own_is_the_default(model: AlibiGPTForCausalLM) -> None:
     output = model.generate(prompt(), max_new_tokens=1, return_dict_in_generate=True)
-    assert isinstance(output.past_key_values, WindowedCache)
+    assert type(output.past_key_values) is (WindowedCache if model.config.qk_norm else GrowingCache)
     output = model.generate(prompt(), max_new_tokens=1, return_dict_in_generate=True, cache_implementation="dynamic")
     assert type(output.past_key_values) is DynamicCache
+
+
+def test_prompts_are_read_in_chunks(model: AlibiGPTForCausalLM) -> None:
+    lengths = []
+    model.model.register_forward_hook(
+        lambda _, args, kwargs, output: lengths.append(output[0].shape[1]), with_kwargs=True
+    )
+    model.generate(prompt(), max_new_tokens=3)
+    assert lengths == [50, 50, 50, 10, 1, 1]
 
 
 @pytest.mark.parametrize("length", [1, 7, 160])
@@ -73,9 +85,9 @@ def test_greedy(model: AlibiGPTForCausalLM, how: dict[str, Any], length: int) ->
     assert torch.equal(model.generate(input_ids, max_new_tokens=NEW, do_sample=False, **how), greedy(model, input_ids))
 
 
-@pytest.mark.parametrize("shape", [{"num_key_value_heads": 2}, {"qk_norm": False}], ids=str)
-def test_greedy_of_other_shapes(make_model: ModelFactory, shape: dict[str, Any]) -> None:
-    other = make_model(**SHAPE, **shape)
+@pytest.mark.parametrize("qk_norm", [True, False], ids=["windowed", "growing"])
+def test_greedy_with_grouped_heads(make_model: ModelFactory, qk_norm: bool) -> None:
+    other = make_model(**SHAPE, num_key_value_heads=2, qk_norm=qk_norm)
     assert torch.equal(other.generate(prompt(), max_new_tokens=NEW, do_sample=False), greedy(other, prompt()))
 
 
@@ -237,4 +249,4 @@ def test_attention_weights_need_eager_and_get_it(make_model: ModelFactory) -> No
         prompt(), max_new_tokens=3, do_sample=False, output_attentions=True, return_dict_in_generate=True
     )
     assert output.attentions[-1][0].shape == (1, 6, 1, 162)
-    assert type(output.past_key_values) is DynamicCache
+    assert type(output.past_key_values) is GrowingCache

@@ -110,7 +110,7 @@ def test_caches_grow_without_data(kind: Any, backend: str, mask: Tensor | None) 
     longer = None if mask is None else torch.cat([mask, torch.ones(BATCH, 2, dtype=torch.long)], 1)
     with kind() as move:
         model = new_model(hf_alibi.AlibiGPTForCausalLM, config, backend)
-        for cache in (DynamicCache(), StaticCache(config, max_cache_len=20)):
+        for cache in (DynamicCache(), model.model.new_cache(windowed=False), StaticCache(config, max_cache_len=20)):
             for tokens, shown in ((move(ONES), mask), (move(ONES)[:, :2], longer)):
                 arguments = {} if shown is None else {"attention_mask": move(shown)}
                 assert model(tokens, past_key_values=cache, **arguments).logits.shape == (*tokens.shape, 97)
