@@ -172,7 +172,8 @@ def _write(
     left = wanted
     for document in chain(documents, [None]):
         if document is not None:
-            batch.append(np.append(*encoder([document]), np.int32(tokenizer.eos_token_id)))
+            (ids,) = encoder([document])
+            batch.append(np.append(ids, np.int32(tokenizer.eos_token_id)))
         if document is None or piece is None or len(batch) == DOCUMENTS:
             taken = batch if piece is None else _middles(batch, left, piece)
             pieces += taken
