@@ -305,12 +305,13 @@ class Decoder:
         outputs = self.model(input_ids=input_ids, **{CACHE_NAME: self.cache}, use_cache=True, logits_to_keep=1)
         self.token = outputs.logits.argmax(-1)
 
-    def cache_mib(self) -> float:
-        """Returns the size of the cache in MiB: that of all tensors in its layers, in full where it only has views."""
-        holders = [holder for layer in self.cache.layers for holder in (layer, *getattr(layer, "buffers", []))]
-        tensors = [x for holder in holders for x in vars(holder).values() if isinstance(x, Tensor)]
-        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-        return sum(storages.values()) / 2**20
+
+def cache_mib(cache: Cache) -> float:
+    """Returns the size of a cache in MiB: that of all tensors in its layers, in full where it only has views."""
+    holders = [holder for layer in cache.layers for holder in (layer, *getattr(layer, "buffers", []))]
+    tensors = [x for holder in holders for x in vars(holder).values() if isinstance(x, Tensor)]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(storages.values()) / 2**20
 
 
 def prompt_reading(

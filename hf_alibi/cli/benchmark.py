@@ -270,7 +270,8 @@ def decoded(
     for name, record in measured.items():
         record |= {TASK: "decoding", DTYPE: shape.dtype, LENGTH: context, CACHE_MIB: None, PREFILL_SECONDS: None}
         if record[REASON] is None:
-            record |= {CACHE_MIB: decoders[name].cache_mib(), PREFILL_SECONDS: decoders[name].prefill_seconds}
+            decoder = decoders[name]
+            record |= {CACHE_MIB: subjects.cache_mib(decoder.cache), PREFILL_SECONDS: decoder.prefill_seconds}
     return list(measured.values())
 
 

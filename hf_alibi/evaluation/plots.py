@@ -22,6 +22,25 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 GREY = "#666666"
 
+# Settings of matplotlib, for `pyplot.style.use(STYLE)`. Text is large enough to read at half the size of the plot.
+STYLE = {
+    "figure.figsize": (7.5, 4.2),
+    "figure.dpi": 90,
+    "figure.constrained_layout.use": True,
+    "font.size": 13,
+    "axes.titlesize": 14,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.prop_cycle": f"cycler('color', {COLOURS})",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E5E5E5",
+    "legend.frameon": False,
+    "lines.linewidth": 2,
+}
+
 
 @dataclass(frozen=True)
 class Curve:
