@@ -70,8 +70,12 @@ class AlibiGenerationMixin(GenerationMixin):
                 cache.activate_past_recording()
             model_kwargs[CACHE_NAME] = cache
         in_one_piece = generation_config.output_hidden_states or model_kwargs.get("inputs_embeds") is not None
-        if isinstance(model_kwargs.get(CACHE_NAME), GrowingCache) and not in_one_piece:
-            generation_config.prefill_chunk_size = generation_config.prefill_chunk_size or PREFILL_CHUNK
+        cache, mask = model_kwargs.get(CACHE_NAME), model_kwargs.get("attention_mask")
+        if isinstance(cache, GrowingCache) and not in_one_piece:
+            # Older versions of Transformers read a prompt in chunks only into an empty cache.
+            is_long = mask is None or mask.shape[-1] - cache.get_seq_length() > PREFILL_CHUNK
+            if is_long and generation_config.prefill_chunk_size is None:
+                generation_config.prefill_chunk_size = PREFILL_CHUNK
 
     def init_continuous_batching(
         self,
