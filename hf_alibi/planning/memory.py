@@ -1,6 +1,7 @@
 """The memory of one rank in training, from a trace of a step and from how the run is set up."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from transformers import PreTrainedConfig
 from ..model.cache import WindowedLayer
 from .tracing import MemoryTrace, trace_memory
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 # Bytes of the optimizer for each parameter; `None` for two numbers in the dtype of the weights, Adam's moments.
 OPTIMIZERS: dict[str, float | None] = {"adamw_torch_fused": None, "adamw_bnb_8bit": 2, "sgd": 0}
@@ -134,5 +135,19 @@ def cache_bytes(config: PreTrainedConfig, length: int, dtype: torch.dtype) -> tu
         return whole, None
     layer = WindowedLayer(guarantee.windows, torch.tensor(guarantee.slopes))
     layer.update(states, states)
-    held = sum(ring.keys.nbytes + ring.values.nbytes for ring in layer.rings)
+    held = sum(buffer.keys.nbytes + buffer.values.nbytes for buffer in layer.buffers)
     return whole, config.num_hidden_layers * held
+
+
+def status_mib(key: str) -> float:
+    """Returns an entry of `/proc/self/status` in MiB: `VmRSS`, or `VmHWM`, the largest so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024 / MIB
+
+
+def peak_mib() -> float:
+    """Returns the most memory in MiB that this process has held: of the GPU if there is one, else of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / MIB
+    # That of getrusage would include the memory of the process that started this one.
+    return status_mib("VmHWM")

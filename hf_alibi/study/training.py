@@ -33,8 +33,8 @@ from transformers import (
 from ..errors import UserError
 from ..hub.checkpoints import LOADING_ERRORS
 from ..planning.tracing import parameters
+from ..training.watching import window_record
 from .associative import with_pairs
-from .watching import window_record
 
 # Points of the training loss along a run.
 LOSSES = 50

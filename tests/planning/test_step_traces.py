@@ -111,14 +111,14 @@ def test_a_trace_is_linear_in_the_batch(factor: float) -> None:
 def test_the_cache_is_as_large_as_a_real_one(make_model: ModelFactory, length: int) -> None:
     model = make_model(alibi_slopes=[2.0] * 3 + [0.01] * 3)
     whole, windowed = cache_bytes(model.config, length, torch.float32)
-    model.model.config.window_tolerance = 2.0**-24
     guarantee = model.config.window_guarantee()
     cache = WindowedCache([guarantee.windows] * 2, torch.tensor(guarantee.slopes))
     states = torch.zeros(1, model.config.num_key_value_heads, length, model.config.head_dim)
     for index, layer in enumerate(cache.layers):
         layer.update(states, states, index)
     assert whole == 2 * 2 * states.nbytes
-    assert windowed == sum(ring.keys.nbytes + ring.values.nbytes for layer in cache.layers for ring in layer.rings)
+    buffers = [buffer for layer in cache.layers for buffer in layer.buffers]
+    assert windowed == sum(buffer.keys.nbytes + buffer.values.nbytes for buffer in buffers)
     assert (windowed < whole / 2) == (length == 3000)
 
 
