@@ -1,4 +1,9 @@
-"""Measures the memory that Trainer needs for a run, in a process of its own."""
+"""Measures the memory that Trainer needs for a run, in a process of its own.
+
+    python tests/trained_memory.py
+
+prints a table of predicted and measured memory for five small runs.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -12,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 
 from hf_alibi.benchmark.measuring import MIB, MeasuringArguments, peak_mib
 from hf_alibi.planning.memory import Setup, memory_of, trace_of
+from hf_alibi.tables import markdown
 
 STEPS = 3
 # Its name since Transformers 5.24, and before.
@@ -93,3 +99,16 @@ def _train(run: SmallRun, length: int) -> None:
         trainer = Trainer(model, args, train_dataset=rows, data_collator=default_data_collator)
         trainer.train()
     assert trainer.state.global_step == STEPS
+
+
+def main() -> None:
+    """Prints the table."""
+    rows = []
+    for name, run in SMALL_RUNS.items():
+        predicted, measured = predicted_mib(run), measured_mib(run)
+        rows.append([name, f"{predicted:.0f}", f"{measured:.0f}", f"{predicted / measured - 1:+.1%}"])
+    print(markdown(["run", "predicted MiB", "measured MiB", "difference"], rows))
+
+
+if __name__ == "__main__":
+    main()

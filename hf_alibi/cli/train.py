@@ -39,7 +39,7 @@ from ..errors import UserError
 from ..hub.checkpoints import LOADING_ERRORS, check_vocabulary, load_causal_lm, load_tokenizer, parse_overrides
 from ..training.data import Corpus, documents_in_turn, reading_errors, train_tokenizer
 from ..training.mixture import Mixture
-from ..training.monitor import Profile
+from ..training.monitor import Profile, no_bars_in_files
 from ..training.packing import pack
 from ..training.prepare import load_prepared
 from ..training.resume import find_checkpoint
@@ -176,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_args, data_args, watching_args, training_args = parse(parser, argv)
     check(model_args, data_args, training_args)
     check_watching(watching_args, training_args)
+    no_bars_in_files()
     arguments = asdict(model_args) | asdict(data_args) | asdict(watching_args)
     checkpoint = find_checkpoint(training_args, model_args.fresh_optimizer)
     if checkpoint:

@@ -146,6 +146,7 @@ def _operations(operations: Operations, run: Run) -> str:
         rows[0].append("days")
     counted = {"all keys": (operations.forward, operations.both)}
     if operations.both_in_windows < operations.both:
+        # Where attention leaves out the others: `sdpa` on the CPU, `flex_attention` on a GPU.
         counted["keys in head windows"] = (operations.forward_in_windows, operations.both_in_windows)
     for name, (forward, both) in counted.items():
         seconds = run.seconds(both)

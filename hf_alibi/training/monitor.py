@@ -12,14 +12,17 @@
 """
 
 import logging
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging as transformers_logging
 
 from ..model.configuration_alibi_gpt import AlibiGPTConfig
 from ..planning.gpus import known_gpu
@@ -122,6 +125,13 @@ def _peak_flops(args: TrainingArguments, model: PreTrainedModel) -> float | None
         return None
     is_short = args.bf16 or args.fp16 or model.dtype.itemsize == 2
     return (gpu.tflops_16 if is_short else gpu.tflops_32) * 1e12 * args.world_size
+
+
+def no_bars_in_files() -> None:
+    """Turns off the bars of datasets and Transformers in this process, unless the standard error is a terminal."""
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers_logging.disable_progress_bar()
 
 
 def shown(logs: dict[str, Any]) -> dict[str, Any]:

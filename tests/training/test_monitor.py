@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -101,14 +102,16 @@ class Terminal:
         self.text = ""
 
     def isatty(self) -> bool:
+        """Returns what was said."""
         return self.is_terminal
 
     def write(self, text: str) -> int:
+        """Keeps the text."""
         self.text += text
         return len(text)
 
     def flush(self) -> None:
-        pass
+        """Does nothing: the text is kept at once."""
 
 
 @pytest.mark.parametrize("is_terminal", [False, True], ids=["file", "terminal"])
@@ -124,7 +127,10 @@ def test_bars_are_for_terminals(
     printed, written = capsys.readouterr().out, sys.stderr.text  # type: ignore[attr-defined]
     assert ("4/4" in written) == ("tokens/s=" in written) == is_terminal
     if not is_terminal:
-        assert [line[:15] for line in printed.splitlines() if "'loss'" in line] == ["{'step': '2/4',", "{'step': '4/4',"]
+        assert [line[:15] for line in printed.splitlines() if "'loss'" in line] == [
+            "{'step': '2/4',",
+            "{'step': '4/4',",
+        ]
     assert "'tokens_per_second'" in printed
     assert "'score_bound'" in printed
     assert "layer_0" not in printed
@@ -149,6 +155,17 @@ def test_a_profile_has_the_operators_of_its_steps(tmp_path: Path) -> None:
     names = [event.get("name", "") for event in trace["traceEvents"]]
     assert sum(name.startswith("ProfilerStep#") for name in names) == 2
     assert any("attention_in_tiles_backward" in name for name in names)
+
+
+def test_a_log_file_gets_lines_only(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    options = [word for word in COMMAND if word not in ("--disable_tqdm", "True")]
+    command = [sys.executable, "-m", "hf_alibi", "train", *options, "--output_dir", str(tmp_path / "run")]
+    command += ["--train_file", rows, "--max_steps", "3", "--save_strategy", "no"]
+    written = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "\r" not in written.stdout + written.stderr
+    assert "%|" not in written.stdout + written.stderr
+    assert [f"'step': '{step}/3'" in written.stdout for step in (1, 2, 3)] == [True] * 3
 
 
 # A rate at which nothing improves.
