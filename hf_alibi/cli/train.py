@@ -25,12 +25,10 @@ from datasets import concatenate_datasets
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    EarlyStoppingCallback,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -39,7 +37,7 @@ from ..errors import UserError
 from ..hub.checkpoints import LOADING_ERRORS, check_vocabulary, load_causal_lm, load_tokenizer, parse_overrides
 from ..training.data import Corpus, documents_in_turn, reading_errors, train_tokenizer
 from ..training.mixture import Mixture
-from ..training.monitor import Profile, no_bars_in_files
+from ..training.monitor import no_bars_in_files
 from ..training.packing import pack
 from ..training.prepare import load_prepared
 from ..training.resume import find_checkpoint
@@ -49,6 +47,7 @@ from ..training.token_store import TokenBlocks
 from ..training.trainer import train
 from .options import OptionParser, in_range, parse
 from .texts import TextArguments, check_weights, load_corpora
+from .watching_options import WatchingArguments, check_watching
 
 # Trainer does not check its numbers. These must be at least 1, at least 0, and from 0 to 1.
 COUNTS = (
@@ -140,31 +139,6 @@ class DataArguments(TextArguments):
     max_eval_samples: int | None = field(default=None, metadata={"help": "Most blocks to evaluate on."})
 
 
-@dataclass
-class WatchingArguments:
-    """When to stop early, and what to write about the steps."""
-
-    early_stopping_patience: int | None = field(
-        default=None,
-        metadata={"help": "Stop after so many evaluations without progress; needs --load_best_model_at_end True."},
-    )
-    early_stopping_threshold: float = field(
-        default=0.0, metadata={"help": "By how much --metric_for_best_model must improve to count as progress."}
-    )
-    profile_steps: int | None = field(
-        default=None, metadata={"help": "Write a profiler trace of so many steps to OUTPUT_DIR/profile."}
-    )
-
-    def callbacks(self) -> list[TrainerCallback]:
-        """Returns the callbacks that these arguments ask for."""
-        found: list[TrainerCallback] = []
-        if self.early_stopping_patience is not None:
-            found.append(EarlyStoppingCallback(self.early_stopping_patience, self.early_stopping_threshold))
-        if self.profile_steps is not None:
-            found.append(Profile(self.profile_steps))
-        return found
-
-
 @reading_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains as the command line `argv` (default: the process's own) says."""
@@ -253,24 +227,6 @@ def check(model_args: ModelArguments, data_args: DataArguments, training_args: T
             )
         except RuntimeError as error:
             raise UserError(f"--torch_compile: {shorten(str(error), 300)}") from error
-
-
-def check_watching(watching_args: WatchingArguments, training_args: TrainingArguments) -> None:
-    """Raises `UserError` if training cannot stop early as asked. A resumed run goes on counting evaluations."""
-    in_range(watching_args, 1, "early_stopping_patience", "profile_steps")
-    in_range(watching_args, 0, "early_stopping_threshold", highest=MOST)
-    if watching_args.early_stopping_patience is None:
-        if watching_args.early_stopping_threshold:
-            raise UserError("--early_stopping_threshold needs --early_stopping_patience")
-        return
-    if training_args.eval_strategy == "no":
-        raise UserError("--early_stopping_patience needs evaluations: give --eval_strategy steps or epoch")
-    if not training_args.load_best_model_at_end:
-        raise UserError(
-            "--early_stopping_patience needs --load_best_model_at_end True, and --save_strategy and --save_steps "
-            "that fit --eval_strategy and --eval_steps"
-        )
-    training_args.restore_callback_states_from_checkpoint = True
 
 
 def try_out(model: PreTrainedModel, training_args: TrainingArguments) -> None:

@@ -21,6 +21,7 @@ import datasets
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
@@ -110,10 +111,11 @@ def window_metrics(model: PreTrainedModel) -> dict[str, float]:
 def _flops_a_token(model: PreTrainedModel, batch: int, length: int) -> float:
     """Returns the operations of training for each token, 0 for models whose operations are unknown.
 
-    These are other architectures, and models with frozen weights, which need fewer in the backward pass.
+    These are other architectures, and models with frozen weights, which need fewer in the backward pass. With ZeRO-3,
+    Transformers divides every new model among the ranks, also one without data.
     """
     is_whole = all(weight.requires_grad for weight in model.parameters())
-    if not is_whole or not isinstance(model.config, AlibiGPTConfig):
+    if not is_whole or not isinstance(model.config, AlibiGPTConfig) or is_deepspeed_zero3_enabled():
         return 0
     return count_operations(model.config, batch, length).both / (batch * length)
 
