@@ -21,6 +21,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "plan": Command("what training would take: memory, operations, time, KV cache", "train"),
     "train": Command("train a model from scratch, or fine-tune a checkpoint", "train"),
     "prepare": Command("tokenise texts once, for any number of training runs", "train"),
     "evaluate": Command("perplexity against length: a table, a plot, a JSON file", "train"),

@@ -16,8 +16,8 @@ PACKAGE = Path(hf_alibi.__file__).parent
 ROOT = PACKAGE.parent
 # Each folder may import itself and those to its left.
 ORDER = [
-    "model", "positions", "text", "evaluation", "hub", "conversion", "training", "serving", "benchmark", "study",
-    "cli",
+    "model", "positions", "text", "evaluation", "hub", "conversion", "planning", "training", "serving", "benchmark",
+    "study", "cli",
 ]  # fmt: skip
 OPTIONAL = {
     "accelerate", "datasets", "evaluate", "fastapi", "gguf", "matplotlib", "peft", "tensorboard", "trl", "uvicorn",

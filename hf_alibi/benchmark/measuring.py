@@ -38,6 +38,7 @@ import transformers
 from tqdm import tqdm
 
 from ..evaluation.plots import COLOURS, MARKERS, dress
+from ..planning.memory import status_mib
 from ..tables import aligned
 from ..version import __version__
 
@@ -233,12 +234,6 @@ def _peak_resident_mib(prepare: Prepare, how: MeasuringArguments, threads: int) 
         call()
     # The peak of getrusage includes the memory of the parent process, even after exec.
     return status_mib("VmHWM") - before
-
-
-def status_mib(key: str) -> float:
-    """Returns an entry of `/proc/self/status` in MiB: `VmRSS`, or `VmHWM`, the largest so far."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024 / MIB
 
 
 @contextmanager

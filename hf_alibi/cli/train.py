@@ -37,6 +37,7 @@ from ..errors import UserError
 from ..hub.checkpoints import LOADING_ERRORS, check_vocabulary, load_causal_lm, load_tokenizer, parse_overrides
 from ..training.data import Corpus, documents_in_turn, reading_errors, train_tokenizer
 from ..training.mixture import Mixture
+from ..training.monitor import no_bars_in_files
 from ..training.packing import pack
 from ..training.prepare import load_prepared
 from ..training.resume import find_checkpoint
@@ -46,6 +47,7 @@ from ..training.token_store import TokenBlocks
 from ..training.trainer import train
 from .options import OptionParser, in_range, parse
 from .texts import TextArguments, check_weights, load_corpora
+from .watching_options import WatchingArguments, check_watching
 
 # Trainer does not check its numbers. These must be at least 1, at least 0, and from 0 to 1.
 COUNTS = (
@@ -141,13 +143,15 @@ class DataArguments(TextArguments):
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains as the command line `argv` (default: the process's own) says."""
     parser = OptionParser(
-        [ModelArguments, DataArguments, TrainingArguments],
+        [ModelArguments, DataArguments, WatchingArguments, TrainingArguments],
         description=__doc__.partition("\n")[0],
         usage="%(prog)s --output_dir FOLDER [options]",
     )
-    model_args, data_args, training_args = parse(parser, argv)
+    model_args, data_args, watching_args, training_args = parse(parser, argv)
     check(model_args, data_args, training_args)
-    arguments = asdict(model_args) | asdict(data_args)
+    check_watching(watching_args, training_args)
+    no_bars_in_files()
+    arguments = asdict(model_args) | asdict(data_args) | asdict(watching_args)
     checkpoint = find_checkpoint(training_args, model_args.fresh_optimizer)
     if checkpoint:
         refuse_changes(checkpoint, arguments=run_arguments(training_args, arguments))
@@ -172,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         fresh_optimizer=model_args.fresh_optimizer,
         context_parallel_size=model_args.context_parallel_size,
         arguments=arguments,
+        callbacks=watching_args.callbacks(),
     )
 
 

@@ -4,28 +4,23 @@ from typing import Any
 
 import torch
 
+from ..planning.memory import GIB, Setup, memory_of, trace_of
+from ..planning.tracing import MemoryTrace
 from ..tables import aligned
 from .plan import Plan
 from .runs import SPEED, Run, settings
-from .training import new_config, new_model, parameters
-
-GIB = 2**30
-# Bytes for each parameter: weight, gradient and two moments of Adam in float32.
-BYTES_A_PARAMETER = 16
-# Values kept for the backward pass for each token and layer: about 10 of the width and 2 of the feed-forward layer.
-# Logits, their gradient and the probabilities are 3 values for each token and entry of the vocabulary.
-WIDTHS, INNER_WIDTHS, LOGITS = 10, 2, 3
+from .training import new_config
 
 
 def describe(plan: Plan, runs: list[Run]) -> str:
     """Returns a table of `runs`, and below it the totals.
 
-    Memory is what weights, gradients, Adam and activations of one forward pass take; libraries come on top. Time is
+    Memory is the most that weights, gradients, Adam and activations take at a time; libraries come on top. Time is
     that of training, at the plan's `tokens_per_second`.
     """
     rows = [["run", "parameters", "without embeddings", "tokens a step", "steps", "memory GiB", "minutes"]]
     tokens = 0
-    known: dict[str, dict[str, int]] = {}
+    known: dict[str, tuple[MemoryTrace, float]] = {}
     for run in runs:
         if run.question == SPEED:
             rows.append([run.name, *["-"] * 6])
@@ -34,19 +29,18 @@ def describe(plan: Plan, runs: list[Run]) -> str:
         fields = settings(run, plan, {})["config"]
         key = str(sorted(fields.items(), key=str))
         if key not in known:
-            with torch.device("meta"):
-                known[key] = parameters(new_model(fields))
-        count, how = known[key], plan.training
+            known[key] = _memory(plan, fields, run.training_length)
+        (trace, needed), how = known[key], plan.training
         steps = max(1, run.tokens // how.tokens_per_step)
         tokens += run.tokens
         rows.append(
             [
                 run.name,
-                f"{count['all'] / 1e6:,.1f}M",
-                f"{count['without_embeddings'] / 1e6:,.1f}M",
+                f"{trace.parameters / 1e6:,.1f}M",
+                f"{trace.without_embeddings / 1e6:,.1f}M",
                 f"{how.tokens_per_step:,}",
                 f"{steps:,}",
-                f"{memory(plan, fields, count['all']) / GIB:,.1f}",
+                f"{needed / GIB:,.1f}",
                 f"{run.tokens / how.tokens_per_second / 60:,.1f}",
             ]
         )
@@ -60,12 +54,14 @@ def describe(plan: Plan, runs: list[Run]) -> str:
     )
 
 
-def memory(plan: Plan, fields: dict[str, Any], count: int) -> float:
-    """Returns an estimate of the bytes that a training step takes."""
-    config = new_config(fields)
-    tokens = plan.training.tokens_per_step // plan.training.gradient_accumulation_steps
-    inner = config.intermediate_size * (3 if config.mlp_gated else INNER_WIDTHS)
-    kept = config.num_hidden_layers * (WIDTHS * config.hidden_size + inner)
-    # Under autocast activations have 2 bytes, and logits become float32.
-    size = 2 if plan.training.bf16 else 4
-    return BYTES_A_PARAMETER * count + tokens * (kept * size + LOGITS * config.vocab_size * 4)
+def _memory(plan: Plan, fields: dict[str, Any], length: int) -> tuple[MemoryTrace, float]:
+    """Returns the trace of a forward and backward pass, and the bytes that training takes."""
+    accumulation = plan.training.gradient_accumulation_steps
+    setup = Setup(
+        batch=plan.training.tokens_per_step // accumulation // length,
+        length=length,
+        accumulation=accumulation,
+        autocast=torch.bfloat16 if plan.training.bf16 else None,
+    )
+    trace = trace_of(new_config(fields), setup)
+    return trace, memory_of(trace, setup).total

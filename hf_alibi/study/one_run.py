@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..benchmark.measuring import MIB, environment, status_mib
+from ..benchmark.measuring import environment
 from ..errors import run
+from ..planning.memory import peak_mib
 from .associative import associative_recall
 from .files import read_json, run_file, write_json
 from .runs import RECALL, SPEED, SWEEP
@@ -81,14 +82,6 @@ def tested(model: PreTrainedModel, settings: dict[str, Any], tests: list[str], t
             model, first, asked["pairs"], asked["distances"], asked["rows"], settings["test"]["tokens_per_forward"]
         )
     return results
-
-
-def peak_mib() -> float:
-    """Returns the most memory in MiB that this process has held: of the GPU if there is one, else of the machine."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / MIB
-    # That of getrusage would include the memory of the study, which starts this process.
-    return status_mib("VmHWM")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.perplexity import bits_per_byte, mean_by_doubling, nats_by_position, token_nats
-from .watching import kept_fraction, window_record
+from ..training.watching import kept_fraction, window_record
 
 # Tokens of a segment that is repeated.
 SEGMENT = 32

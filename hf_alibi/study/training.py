@@ -32,8 +32,9 @@ from transformers import (
 
 from ..errors import UserError
 from ..hub.checkpoints import LOADING_ERRORS
+from ..planning.tracing import parameters
+from ..training.watching import window_record
 from .associative import with_pairs
-from .watching import window_record
 
 # Points of the training loss along a run.
 LOSSES = 50
@@ -135,15 +136,6 @@ def new_config(fields: dict[str, Any]) -> PreTrainedConfig:
 def new_model(fields: dict[str, Any]) -> PreTrainedModel:
     """Returns a model with new weights in float32, from the fields of its config."""
     return AutoModelForCausalLM.from_config(new_config(fields), dtype=torch.float32)
-
-
-def parameters(model: PreTrainedModel) -> dict[str, int]:
-    """Returns the number of parameters, with and without those of the token embedding."""
-    total = sum(weight.numel() for weight in model.parameters())
-    layers: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    # Tied ones are counted once.
-    embeddings = {id(layer.weight): layer.weight.numel() for layer in layers}
-    return {"all": total, "without_embeddings": total - sum(embeddings.values())}
 
 
 def finite(loss: float) -> float | None:

@@ -37,11 +37,11 @@ FREE = {
     "skip_memory_metrics", "torch_empty_cache_steps", "enable_jit_checkpoint", "ddp_timeout",
     "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers",
     "train_file", "validation_file", "dataset_name", "prepared_data", "preprocessing_num_workers",
-    "max_eval_samples", "fresh_optimizer",
+    "max_eval_samples", "fresh_optimizer", "profile_steps",
 }  # fmt: skip
 
 # Arguments of later releases, with the value that earlier runs had. They are recorded only if they differ from it.
-ADDED_LATER = {"context_parallel_size": 1}
+ADDED_LATER = {"context_parallel_size": 1, "early_stopping_patience": None, "early_stopping_threshold": 0.0}
 
 # The length of a run. It decides the learning rate of every step, unless the rate is constant.
 LENGTH = {"max_steps", "num_train_epochs"}

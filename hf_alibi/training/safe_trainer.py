@@ -16,6 +16,7 @@
 - A warning says if accelerate ignores FSDP.
 - A resumed run logs, evaluates and saves as often as its own arguments say, not as often as those of the checkpoint.
   If the checkpoint is at the last step, no further step is made.
+- Logs have speed, memory and head windows too (`monitor.py`). There are no bars if the standard error is no terminal.
 
 Plain Trainer has no option for any of this. If you upload with it, log in with `hf auth login` instead of passing
 `hub_token`: then the pickle does not hold the token.
@@ -25,6 +26,7 @@ import contextlib
 import logging
 import os
 import shutil
+import sys
 from concurrent.futures import Future
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,6 +40,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SchedulerType
 
 from ..errors import UserError
@@ -45,6 +48,7 @@ from ..hub.files import make_tokenizer_portable, model_files
 from ..hub.publish import hub_errors, publish, require_private, upload
 from .context_parallel import ContextParallel
 from .mixture import Mixture
+from .monitor import Bars, Lines, Monitor
 from .run_record import versions, write_record
 from .stream import EndlessStream
 
@@ -71,7 +75,10 @@ class SafeTrainer(Trainer):
         self.record = record or {}
         self.fresh_optimizer = fresh_optimizer
         self.pushes: list[Future[CommitInfo]] = []
+        self.monitor = Monitor()
         super().__init__(*args, **kwargs)
+        self.add_callback(self.monitor)
+        self._choose_display()
         self.context_parallel = self._context_parallel(context_parallel_size)
         self._warn_if_not_sharded()
 
@@ -118,6 +125,9 @@ class SafeTrainer(Trainer):
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Trains on one batch. The model is in training mode before its inputs are prepared."""
         model.train()
+        inputs = args[0] if args else kwargs["inputs"]
+        ranks = self.args.world_size // self.get_cp_size()
+        self.monitor.add(inputs, self.accelerator.unwrap_model(self.model), ranks)
         return super().training_step(model, *args, **kwargs)
 
     def _prepare_context_parallel_inputs(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -134,6 +144,20 @@ class SafeTrainer(Trainer):
         loss, *others = result if isinstance(result, tuple) else (result,)
         loss = loss / self.get_cp_size()
         return (loss, *others) if others else loss
+
+    # Watching
+
+    def _choose_display(self) -> None:
+        """Shows bars on a terminal, and otherwise a line for each log. Bars would fill a log file."""
+        for callback, in_terminal in ((ProgressCallback, True), (PrinterCallback, False)):
+            if self.pop_callback(callback) is not None:
+                self.add_callback(Bars() if in_terminal and sys.stderr.isatty() else Lines())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs the metrics of `monitor.py` with each training loss."""
+        if "loss" in logs:
+            logs |= self.monitor.metrics(self.accelerator.unwrap_model(self.model), self.args)
+        super().log(logs, start_time)
 
     # Saving
 

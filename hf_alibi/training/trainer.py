@@ -15,13 +15,13 @@ and the seed decides the order of the blocks. If the data, the model or an argum
 changed, an error is raised.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from datasets import IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 from ..errors import UserError
@@ -45,6 +45,7 @@ def train(
     fresh_optimizer: bool = False,
     context_parallel_size: int = 1,
     arguments: Mapping[str, Any] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, float]:
     """Trains `model` on `blocks["train"]`, saves it with its tokenizer, and evaluates it on `blocks["validation"]`.
 
@@ -62,6 +63,7 @@ def train(
             rate of its step. The weights will then differ from those of an uninterrupted run.
         context_parallel_size: Number of processes among which every row is divided.
         arguments: Further arguments that decide the weights, by name. Those of `checkpoint` must be equal.
+        callbacks: Further callbacks of Trainer.
 
     Returns:
         The metrics of training (`train_loss` in nats per token, ...) and of evaluation (`eval_loss`,
@@ -104,6 +106,7 @@ def train(
             record=record,
             fresh_optimizer=fresh_optimizer,
             context_parallel_size=context_parallel_size,
+            callbacks=list(callbacks),
             **trainer_metrics(tokenizer),
         )
     except UserError:

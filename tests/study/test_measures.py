@@ -13,7 +13,7 @@ from hf_alibi.study.associative import with_pairs
 from hf_alibi.study.records import cell, over_seeds, unconverged
 from hf_alibi.study.testing import by_length, copies, unreadable
 from hf_alibi.study.training import Rows, new_model, parameters
-from hf_alibi.study.watching import kept_fraction, window_record
+from hf_alibi.training.watching import kept_fraction, window_record
 
 TEXT = np.arange(1000, dtype=np.int32)
 

@@ -143,7 +143,7 @@ def test_the_reported_plan_is_what_its_results_claim() -> None:
 
 @pytest.mark.parametrize(("name", "parameters"), [("wikitext103", "201.4M"), ("large", "1,258.4M")])
 def test_a_dry_run_tells_the_papers_shapes(name: str, parameters: str, capsys: pytest.CaptureFixture[str]) -> None:
-    main([str(CONFIGS / f"{name}.toml"), "--dry_run"])
+    main([str(CONFIGS / f"{name}.toml"), "--dry_run", "--runs", "alibi-L512*"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == [
         "run",
