@@ -90,5 +90,4 @@ def books(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     )
     save_checkpoint(tmp_path / "runs" / "books", config)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return "runs/books"

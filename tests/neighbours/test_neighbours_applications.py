@@ -30,7 +30,7 @@ def test_gradio(books: str, cook: Callable[..., Any], shown: Callable[[str, str]
 
     demo = cook(*recipe("Gradio"))["demo"]
     try:
-        answer = Client(demo.local_url, verbose=False).predict(PROMPT, api_name="/predict")
+        answer = Client(demo.local_url, verbose=False).predict(PROMPT, api_name="/answer")
     finally:
         demo.close()
     assert answer == PROMPT + answer_of(books)
