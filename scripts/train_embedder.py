@@ -4,10 +4,10 @@
 
 needs `pip install 'hf_alibi[train]' sentence-transformers`. The texts are the source files of Python's standard
 library. A pair is two neighbouring pieces of one file; the other pieces of a batch are the negatives
-(`MultipleNegativesRankingLoss`, the InfoNCE loss of arXiv 1807.03748). The longest files are held out. From the first
-`length` tokens of each, the measurement looks for the next `length` tokens of the same file among those of all held-out
-files. Recall@1 is the share that is found. The last column cuts every text to the trained length, as a model with a
-limit would.
+(`MultipleNegativesRankingLoss`, the InfoNCE loss of arXiv 1807.03748). The longest files are held out. The measurement
+takes the first `length` tokens of each, and looks for the next `length` tokens of the same file among those of all
+held-out files. Recall@1 is the share that is found. The last column cuts every text to the trained length, as a model
+with a limit would.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def pieces(text: str, tokenizer: PreTrainedTokenizerBase, length: int, most: int
     """Returns the text in pieces of `length` tokens, without the last, shorter one; at most `most` pieces."""
     ids = tokenizer(text, add_special_tokens=False).input_ids
     starts = range(0, len(ids) - length + 1, length)[:most]
-    return [tokenizer.decode(ids[start : start + length]) for start in starts]
+    return [str(tokenizer.decode(ids[start : start + length])) for start in starts]
 
 
 def training_pairs(files: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
@@ -114,13 +114,15 @@ def training_pairs(files: list[str], tokenizer: PreTrainedTokenizerBase, length:
 
 
 def measure(model: SentenceTransformer, files: list[str], length: int, cut: int) -> dict[str, float]:
-    """Returns recall@1 among files with two pieces of `length` tokens, with whole texts and with their first tokens."""
+    """Returns recall@1 among files with two pieces of `length` tokens, with whole texts and with their first `cut`."""
     pairs = [pieces(text, model.tokenizer, length, most=2) for text in files]
     pairs = [pair for pair in pairs if len(pair) == 2]
     recalls = []
     for limit in (model.max_seq_length, cut):
         with_limit, model.max_seq_length = model.max_seq_length, limit
-        queries, texts = (model.encode(list(side), batch_size=4, convert_to_tensor=True) for side in zip(*pairs))
+        queries, texts = (
+            model.encode(list(side), batch_size=4, convert_to_tensor=True) for side in zip(*pairs, strict=True)
+        )
         model.max_seq_length = with_limit
         found = model.similarity(queries, texts).argmax(dim=1).cpu()
         recalls.append((found == torch.arange(len(pairs))).float().mean().item())

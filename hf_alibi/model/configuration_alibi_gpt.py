@@ -237,8 +237,8 @@ class AlibiGPTConfig(UploadsCode, PreTrainedConfig):
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Saves the config with its code, so that it also loads where this package is not installed.
 
-        A config that came from a model is saved with the model's code too. Tools that merge models save the config and
-        write the weights themselves.
+        With this package, a config that names a model's code is saved with that code too. Tools that merge models save
+        the config and write the weights themselves.
         """
         self.auto_map = (getattr(self, "auto_map", None) or {}) | self._auto_map
         save_code(self._saved_auto_map(), save_directory)
@@ -246,7 +246,7 @@ class AlibiGPTConfig(UploadsCode, PreTrainedConfig):
 
     def _saved_auto_map(self) -> dict[str, str]:
         found = getattr(self, "auto_map", None) or {}
-        # If only the config was loaded from a checkpoint, the other file is not there.
+        # Transformers keeps the config's file of a checkpoint apart, so the other one is there in the package only.
         if Path(__file__).with_name("modeling_alibi_gpt.py").is_file():
             models = {name: target for name, target in found.items() if str(target).startswith("modeling_alibi_gpt.")}
             return models | self._auto_map

@@ -43,8 +43,12 @@ def test_lm_eval(books: str, cook: Callable[..., Any], shown: Callable[[str, str
         results = cook(changed, tasks=[task])["results"]
         measured = results["texts"]["bits_per_byte,none"]
         assert measured == pytest.approx(expected, rel=1e-5)
-    shown("lm_eval", f"{measured:.4f} bits per byte, batched and single, at 20 times the trained length; "
-          f"the model itself says {expected:.4f}")
+    shown(
+        "lm_eval",
+        f"{measured:.4f} bits per byte, batched and single, at 20 times the trained length; "
+        f"the model itself says {expected:.4f}",
+    )
+
 
 @torch.no_grad()
 def test_captum(books: str, cook: Callable[..., Any], shown: Callable[[str, str], None]) -> None:
