@@ -4,10 +4,10 @@
 
 needs `pip install 'hf_alibi[train]' sentence-transformers`. The texts are the source files of Python's standard
 library. A pair is two neighbouring pieces of one file; the other pieces of a batch are the negatives
-(`MultipleNegativesRankingLoss`, the InfoNCE loss of arXiv 1807.03748). The longest files are held out. The measurement
-takes the first `length` tokens of each, and looks for the next `length` tokens of the same file among those of all
-held-out files. Recall@1 is the share that is found. The last column cuts every text to the trained length, as a model
-with a limit would.
+(`MultipleNegativesRankingLoss`, the InfoNCE loss of arXiv 1807.03748). The longest files are held out. In each of
+them, the measurement takes the `length` tokens before a place in the middle (the same for all lengths), and looks for
+the `length` tokens after it among those of all held-out files. Recall@1 is the share that is found. The last column
+cuts every text to the trained length, as a model with a limit would.
 """
 
 import argparse
@@ -30,7 +30,6 @@ from hf_alibi.training.data import standard_library_corpus, train_tokenizer
 
 # Small, so that many files have 2 * 8,192 tokens.
 VOCAB_SIZE = 1024
-LENGTHS = [256, 512, 1024, 2048, 4096, 8192]
 
 
 def main() -> None:
@@ -39,9 +38,10 @@ def main() -> None:
     parser.add_argument("--output_dir", default="runs/embedder")
     parser.add_argument("--pooling", choices=["mean", "lasttoken"], default="mean")
     parser.add_argument("--training_length", type=int, default=128, help="tokens of a text in training")
-    parser.add_argument("--max_steps", type=int, default=300)
+    parser.add_argument("--max_steps", type=int, default=400)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--held_out", type=int, default=32, help="files that are searched, the longest ones")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
     parser.add_argument("--hidden_size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -70,7 +70,8 @@ def main() -> None:
     model.save_pretrained(options.output_dir)
 
     loaded = SentenceTransformer(options.output_dir)
-    results = [measure(loaded, held_out, length, options.training_length) for length in LENGTHS]
+    middle = max(options.lengths)
+    results = [measure(loaded, held_out, middle, length, options.training_length) for length in options.lengths]
     print("| tokens | files | recall@1 | cut to the trained length |\n|---|---|---|---|")
     for row in results:
         print(f"| {row['length']:,} | {row['files']} | {row['recall']:.2f} | {row['recall_cut']:.2f} |")
@@ -98,10 +99,10 @@ def new_model(tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -
     return SentenceTransformer(modules=[body, Pooling(body.get_embedding_dimension(), options.pooling)])
 
 
-def pieces(text: str, tokenizer: PreTrainedTokenizerBase, length: int, most: int | None = None) -> list[str]:
-    """Returns the text in pieces of `length` tokens, without the last, shorter one; at most `most` pieces."""
+def pieces(text: str, tokenizer: PreTrainedTokenizerBase, length: int, start: int = 0) -> list[str]:
+    """Returns the text from the token `start` on in pieces of `length` tokens, without the last, shorter one."""
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    starts = range(0, len(ids) - length + 1, length)[:most]
+    starts = range(start, len(ids) - length + 1, length)
     return [str(tokenizer.decode(ids[start : start + length])) for start in starts]
 
 
@@ -113,9 +114,9 @@ def training_pairs(files: list[str], tokenizer: PreTrainedTokenizerBase, length:
     return Dataset.from_dict({"anchor": anchors, "positive": positives}).shuffle(seed=0)
 
 
-def measure(model: SentenceTransformer, files: list[str], length: int, cut: int) -> dict[str, float]:
-    """Returns recall@1 among files with two pieces of `length` tokens, with whole texts and with their first `cut`."""
-    pairs = [pieces(text, model.tokenizer, length, most=2) for text in files]
+def measure(model: SentenceTransformer, files: list[str], middle: int, length: int, cut: int) -> dict[str, float]:
+    """Returns recall@1 for texts of `length` tokens before and after `middle`, read whole and to token `cut`."""
+    pairs = [pieces(text, model.tokenizer, length, start=middle - length)[:2] for text in files]
     pairs = [pair for pair in pairs if len(pair) == 2]
     recalls = []
     for limit in (model.max_seq_length, cut):

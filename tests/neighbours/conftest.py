@@ -68,6 +68,7 @@ def shown(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """Returns a function that takes the name of a package and what the test has shown of it."""
 
     def record(package: str, what: str) -> None:
+        what = what.replace("0e+00", "0")
         rows[request.node.nodeid] = f"| {package} | {version(package)} | {what} |"
 
     return record

@@ -1,6 +1,10 @@
 """sentence-transformers: training, saving and loading of an embedder, and texts longer than the trained length."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,6 +55,18 @@ def test_an_embedder(books: str, cook: Callable[..., Any], shown: Callable[[str,
         f"{pooling} pooling: trained, saved and loaded, texts up to {len(tiny_tokenizer()(TEXTS[2]).input_ids)} "
         f"tokens, padded left or right, to {error:.0e}",
     )
+
+
+def test_the_script(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "scripts" / "train_embedder.py"
+    sizes = {"max_steps": 2, "held_out": 4, "training_length": 64, "hidden_size": 32, "batch_size": 4}
+    options = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
+    command = [sys.executable, str(script), "--output_dir", str(tmp_path), "--lengths", "64", "128", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads((tmp_path / "retrieval.json").read_text())
+    assert (first["files"], second["files"]) == (4, 4)
+    assert f"| 128 | 4 | {second['recall']:.2f} |" in done.stdout
 
 
 def test_why_the_recipe_says_that_a_text_is_a_text(books: str) -> None:
