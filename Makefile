@@ -1,6 +1,6 @@
 # The commands of CONTRIBUTING.md by name; `make help` lists them.
 
-.PHONY: help check test newest slow gpu llama demo bench docs
+.PHONY: help check test newest slow gpu llama neighbours demo bench docs
 
 help:                                         ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -16,6 +16,8 @@ gpu:                                          ## tests that need CUDA
 	bash scripts/test.sh -m gpu
 llama:                                        ## GGUF files in llama.cpp itself
 	bash scripts/test_llama_cpp.sh
+neighbours:                                   ## the recipes for other libraries, with the real packages
+	bash scripts/test_neighbours.sh
 demo:                                         ## train short, test long, in six minutes
 	bash scripts/demo.sh
 bench:                                        ## one attention call beside PyTorch's, two minutes

@@ -77,6 +77,15 @@ def test_help_fits_a_screen_and_names_every_command() -> None:
     assert max(map(len, usage().splitlines())) <= 100
 
 
+def test_every_recipe_for_another_library_is_run_by_a_test() -> None:
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "neighbours").glob("test_*.py"))
+    sections = (ROOT / "docs" / "neighbours.md").read_text(encoding="utf-8").split("\n## ")[1:]
+    titles = [section.partition("\n")[0] for section in sections if "```python" in section]
+    assert titles
+    for title in titles:
+        assert f'recipe("{title}")' in tests, title
+
+
 @pytest.mark.slow
 def test_the_wheel_works_without_the_repository(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]

@@ -2,6 +2,7 @@
 
 import math
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -234,10 +235,22 @@ class AlibiGPTConfig(UploadsCode, PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Saves the config with its code, so that it also loads where this package is not installed."""
+        """Saves the config with its code, so that it also loads where this package is not installed.
+
+        With this package, a config that names a model's code is saved with that code too. Tools that merge models save
+        the config and write the weights themselves.
+        """
         self.auto_map = (getattr(self, "auto_map", None) or {}) | self._auto_map
-        save_code(self._auto_map, save_directory)
+        save_code(self._saved_auto_map(), save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _saved_auto_map(self) -> dict[str, str]:
+        found = getattr(self, "auto_map", None) or {}
+        # Transformers keeps the config's file of a checkpoint apart, so the other one is there in the package only.
+        if Path(__file__).with_name("modeling_alibi_gpt.py").is_file():
+            models = {name: target for name, target in found.items() if str(target).startswith("modeling_alibi_gpt.")}
+            return models | self._auto_map
+        return self._auto_map
 
     @property
     def max_position_embeddings(self) -> int:

@@ -55,7 +55,11 @@ class UploadsCode:
 
     _auto_map: dict[str, str]
 
+    def _saved_auto_map(self) -> dict[str, str]:
+        """Returns module and class by Auto class, for all code that is saved."""
+        return self._auto_map
+
     def _get_files_timestamps(self, working_dir: str | os.PathLike) -> dict[str, float]:
         """Returns when files were changed, without the code, so that it counts as new."""
         timestamps = super()._get_files_timestamps(working_dir)  # type: ignore[misc]
-        return {name: time for name, time in timestamps.items() if name not in code_of(self._auto_map)}
+        return {name: time for name, time in timestamps.items() if name not in code_of(self._saved_auto_map())}

@@ -194,10 +194,14 @@ def test_what_no_auto_class_loaded_is_saved_with_its_code(generations: Path) -> 
     assert auto_map["AutoModel"] == "rotary.RotaryGPTModel"
 
 
-def test_a_config_is_saved_with_its_own_code_only(generations: Path, tmp_path: Path) -> None:
+def test_a_config_is_saved_with_the_code_at_hand(generations: Path, tmp_path: Path) -> None:
     own = {"configuration_alibi_gpt.py": (generations / "AutoModel" / "configuration_alibi_gpt.py").read_bytes()}
-    assert code(generations / "AutoModelForCausalLM config") == own
+    AlibiGPTConfig.from_pretrained(generations / "AutoModel").save_pretrained(tmp_path / "loaded")
+    assert code(tmp_path / "loaded") == code(generations / "AutoModel")
     assert code(generations / "rotary config") == code(generations / "rotary")
+    # Without the package, Transformers keeps the file of the config apart.
+    assert code(generations / "AutoModelForCausalLM config") == own
+    # This one names no model.
     AlibiGPTConfig(hidden_size=96, num_attention_heads=6).save_pretrained(tmp_path)
     assert code(tmp_path) == own
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
