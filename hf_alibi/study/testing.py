@@ -108,7 +108,7 @@ def windows_checked(model: PreTrainedModel, ids: Tensor, settings: dict[str, Any
         with _changed(model, window_tolerance=tolerance):
             start = time.perf_counter()
             losses.append(token_nats(model, ids[: how["tokens"] + 1], length, tokens_per_forward=length))
-            seconds.append(round(time.perf_counter() - start, 2))
+            seconds.append(time.perf_counter() - start)
     return {
         "length": length,
         "nats": losses[0].mean().item(),

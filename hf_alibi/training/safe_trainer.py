@@ -193,7 +193,8 @@ class SafeTrainer(Trainer):
         """Creates the repository. Raises `UserError` if it should be private but exists and is public."""
         repo_id = str(self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name)
         with hub_errors(repo_id):
-            super().init_hf_repo(token, private)
+            # Transformers 5.19 does not have `private`.
+            super().init_hf_repo(token, **({} if private is None else {"private": private}))
             if self.is_world_process_zero() and (self.args.hub_private_repo if private is None else private):
                 require_private(HfApi(token=token or self.args.hub_token), str(self.hub_model_id))
 

@@ -10,7 +10,9 @@ from transformers import DynamicCache, GenerationConfig
 
 from hf_alibi import AlibiGPTForCausalLM
 
-exporters = pytest.importorskip("transformers.exporters", reason="Transformers has exporters since 5.24")
+exporters = pytest.importorskip("transformers.exporters", reason="this version of Transformers has no exporters")
+if not hasattr(exporters, "ModelRunner"):
+    pytest.skip("the exporters of this version of Transformers do not run programs", allow_module_level=True)
 
 pytestmark = [
     # Dynamo fails if a warning is an error.
