@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from hf_alibi import AlibiGPTForCausalLM
+from hf_alibi.model.cache_names import CACHE_NAME
 
 exporters = pytest.importorskip("transformers.exporters", reason="this version of Transformers has no exporters")
 if not hasattr(exporters, "ModelRunner"):
@@ -49,12 +50,12 @@ def check(program: Any, model: AlibiGPTForCausalLM, batch: int, length: int, pad
     new, runner, cache = text, program.runners["prefill"], DynamicCache(config=model.config)
     for step in range(5):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -new.shape[1] :]
-        outputs = runner(input_ids=new, attention_mask=mask, position_ids=positions, cache=cache)
+        outputs = runner(input_ids=new, attention_mask=mask, position_ids=positions, **{CACHE_NAME: cache})
         expected = model(text, attention_mask=mask, use_cache=False).logits[:, -new.shape[1] :]
         shown = mask[:, -new.shape[1] :].bool()
         scale = expected.abs().max().item()
         torch.testing.assert_close(outputs.logits[shown], expected[shown], rtol=0, atol=1e-5 * scale)
-        new, runner, cache = tokens(batch, 50 + step)[:, :1], program.runners["decode"], outputs.cache
+        new, runner, cache = tokens(batch, 50 + step)[:, :1], program.runners["decode"], outputs[CACHE_NAME]
         text, mask = torch.cat([text, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
 
 
