@@ -1,10 +1,11 @@
 """Layouts of tokens for the tests of attention: whole texts, padding, documents, the end of a cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from hf_alibi import AlibiGPTForCausalLM
 from hf_alibi.model.alibi import alibi_slopes
 from hf_alibi.model.layout import Shared, TokenLayout, token_layout
 
@@ -60,3 +61,35 @@ TEXTS: dict[str, tuple[Callable[[int], dict[str, Tensor]], Callable[[int], list[
         lambda n: [(row, part) for row in (0, 1) for part in (torch.arange(40), torch.arange(40, n))],
     ),
 }
+
+
+def assert_equals_formula(
+    model: AlibiGPTForCausalLM,
+    weights: Mapping[str, Tensor],
+    input_ids: Tensor,
+    batch: str,
+    formula: Callable[[Tensor], Tensor],
+) -> None:
+    """Compares the logits and the gradients of all parameters of a float64 model with those of a formula.
+
+    Args:
+        model: The model.
+        weights: Copies of its parameters by name, which need gradients. The formula uses them.
+        input_ids: Two rows of tokens.
+        batch: The name of their arguments in `TEXTS`.
+        formula: Returns the logits of a single text.
+    """
+    length = input_ids.shape[1]
+    arguments, parts = TEXTS[batch][0](length), TEXTS[batch][1](length)
+    logits = model(input_ids, **arguments).logits
+    found = torch.cat([logits[row, part] for row, part in parts])
+    expected = torch.cat([formula(input_ids[row, part]) for row, part in parts])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    direction = torch.randn_like(expected)
+    (found * direction).sum().backward()
+    (expected * direction).sum().backward()
+    for name, parameter in model.named_parameters():
+        true = weights[name].grad
+        assert parameter.grad is not None
+        assert true is not None
+        torch.testing.assert_close(parameter.grad, true, rtol=0, atol=1e-11 * true.abs().max().item() + 1e-12)

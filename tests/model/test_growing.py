@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cached import LENGTH, SHAPES, STEEP, STEPS, each_step, in_steps, tokens
 from conftest import ModelFactory
 from torch import Tensor
 from transformers import DynamicCache
@@ -16,23 +17,7 @@ from hf_alibi.benchmark.measuring import MeasuringArguments, peak_mib
 from hf_alibi.model import causal, growing, inputs, layout, sdpa, tiles
 from hf_alibi.model.inputs import AttentionInputs
 
-LENGTH = 150
-# Steep slopes give windows of some 10 to 100 keys, so that even a short text is longer.
-STEEP = [4.0, 2.0, 1.0, 0.5]
-SHAPES: dict[str, dict[str, Any]] = {
-    "6-heads-unsorted": {"num_attention_heads": 6, "alibi_slopes": [*STEEP, 3.0, 0.7]},
-    "12-heads-grouped": {"num_attention_heads": 12, "num_key_value_heads": 4, "alibi_slopes": STEEP * 3},
-    "multi-query": {"num_attention_heads": 4, "num_key_value_heads": 1, "alibi_slopes": STEEP},
-    "trainable": {"num_attention_heads": 4, "alibi_slopes": STEEP, "alibi_slopes_trainable": True},
-    "clipped": {"num_attention_heads": 4, "alibi_slopes": STEEP, "clip_qkv": 0.5},
-}
-STEPS = {
-    "token by token": [1] * LENGTH,
-    "prompt, then tokens": [100] + [1] * 50,
-    "chunks": [70, 1, 4, 3, 70, 1, 1],
-    "a few at a time": [5] * 30,
-}
-each_step = pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS.keys())
+OWN_SHAPES = SHAPES | {"clipped": {"num_attention_heads": 4, "alibi_slopes": STEEP, "clip_qkv": 0.5}}
 
 
 @pytest.fixture(autouse=True)
@@ -77,24 +62,6 @@ def without_norms(make_model: ModelFactory, shape: dict[str, Any]) -> AlibiGPTFo
     return model
 
 
-def tokens(batch: int = 2, length: int = LENGTH) -> Tensor:
-    return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def in_steps(
-    model: AlibiGPTForCausalLM, input_ids: Tensor, steps: list[int], past: Any, mask: Tensor | None = None, **kw: Any
-) -> Tensor:
-    logits, done = [], past.get_seq_length()
-    for step in steps:
-        part = slice(done, done + step)
-        of_step = {name: value[:, part] for name, value in kw.items()}
-        seen = None if mask is None else mask[:, : part.stop]
-        logits.append(model(input_ids[:, part], attention_mask=seen, past_key_values=past, **of_step).logits)
-        done = part.stop
-    return torch.cat(logits, 1)
-
-
 @torch.no_grad()
 def exact(model: AlibiGPTForCausalLM, input_ids: Tensor, **kwargs: Any) -> Tensor:
     """Returns the logits of the whole text by the formula, in float64."""
@@ -108,7 +75,7 @@ def assert_logits_close(actual: Tensor, expected: Tensor) -> None:
 
 
 @each_step
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("shape", OWN_SHAPES.values(), ids=OWN_SHAPES.keys())
 def test_decoding_equals_the_full_forward(
     make_model: ModelFactory, keys_looked_at: list[int], shape: dict[str, Any], steps: list[int]
 ) -> None:

@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from layouts import TEXTS
+from layouts import TEXTS, assert_equals_formula
 from torch import Tensor
 from torch.func import functional_call, grad, jvp
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -59,20 +59,8 @@ def test_it_equals_its_formula(backend: str, batch: str, heads: int, kv_heads: i
     """In float64, logits and the gradients of all parameters."""
     model, input_ids = make(heads, kv_heads).double(), tokens(2, length)
     model.set_attn_implementation(backend)
-    arguments, parts = TEXTS[batch][0](length), TEXTS[batch][1](length)
     weights = {name: weight.detach().clone().requires_grad_() for name, weight in model.named_parameters()}
-    logits = model(input_ids, **arguments).logits
-    found = torch.cat([logits[row, part] for row, part in parts])
-    expected = torch.cat([by_formula(model, weights, input_ids[row, part]) for row, part in parts])
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    direction = torch.randn_like(expected)
-    (found * direction).sum().backward()
-    (expected * direction).sum().backward()
-    for name, parameter in model.named_parameters():
-        true = weights[name].grad
-        assert parameter.grad is not None
-        assert true is not None
-        torch.testing.assert_close(parameter.grad, true, rtol=0, atol=1e-11 * true.abs().max().item() + 1e-12)
+    assert_equals_formula(model, weights, input_ids, batch, lambda text: by_formula(model, weights, text))
 
 
 @each_backend
