@@ -105,6 +105,20 @@ def language_model(weights: Mapping[str, Tensor], config: Any, text: Text, toler
     return normed @ weights.get("lm_head.weight", weights["model.embed_tokens.weight"]).T
 
 
+def _qk_norm(
+    query: Tensor, key: Tensor, weights: Mapping[str, Tensor], name: str, config: Any
+) -> tuple[Tensor, Tensor]:
+    """Norms queries `[tokens, heads, head_dim]` and keys, and applies their gains."""
+    query, key = (
+        states / (states.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() for states in (query, key)
+    )
+    if config.qk_norm_gain == "channel":
+        query, key = query * weights[f"{name}.q_norm.weight"], key * weights[f"{name}.k_norm.weight"]
+    elif config.qk_norm_gain == "head":
+        query = query * weights[f"{name}.q_norm.weight"][:, None]
+    return query, key
+
+
 def _self_attention(
     hidden: Tensor, weights: Mapping[str, Tensor], name: str, config: Any, text: Text, tolerance: float
 ) -> Tensor:
@@ -113,8 +127,7 @@ def _self_attention(
         _linear(hidden, weights, f"{name}.{part}_proj").view(length, -1, config.head_dim) for part in "qkv"
     )  # [tokens, heads, head_dim]
     if config.qk_norm:
-        query = _norm(query, weights, f"{name}.q_norm", "rmsnorm", config.norm_eps)
-        key = _norm(key, weights, f"{name}.k_norm", "rmsnorm", config.norm_eps)
+        query, key = _qk_norm(query, key, weights, name, config)
     # The softmax is in float32 at least, as in any model that works in 16 bits.
     query, key, value = (states.to(torch.promote_types(states.dtype, torch.float32)) for states in (query, key, value))
     groups = config.num_attention_heads // config.num_key_value_heads

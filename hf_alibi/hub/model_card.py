@@ -38,6 +38,7 @@ CONFIG_FACTS = {
     "use_parallel_residual": "Feed-forward layers parallel to the attention",
     "norm_type": "Norm",
     "qk_norm": "QK-norm",
+    "qk_norm_gain": "Gain of QK-norm",
     "clip_qkv": "Queries, keys and values clipped to",
     "vocab_size": "Vocabulary",
     "training_length": "Training length (tokens)",

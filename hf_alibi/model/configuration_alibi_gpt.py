@@ -117,6 +117,10 @@ class AlibiGPTConfig(UploadsCode, PreTrainedConfig):
         window_tolerance: Fraction of the attention that a head may lose because distant keys are left out, see
             `windows.py`. The default is the rounding of float32. With 0, no key is left out.
         qk_norm: Whether queries and keys get an RMSNorm over `head_dim`, which bounds every score.
+        qk_norm_gain: What QK-norm multiplies by after the division. `"head"`: each query head has a gain, and keys have
+            none. `"channel"`: queries and keys each have a gain for every channel, which all heads share. `"none"`:
+            neither has a gain. `None` is `"head"` for a new config. For one that was saved before this field was
+            there, it is `"channel"`.
         clip_qkv: Queries, keys and values are clipped to [-`clip_qkv`, `clip_qkv`] after their projections and before
             QK-norm (MPT); `None` for no clipping.
         attention_bias: Whether the projections of the attention have biases.
@@ -183,6 +187,7 @@ class AlibiGPTConfig(UploadsCode, PreTrainedConfig):
     alibi_scaling: dict[str, Any] | None = validated_field(_check_scaling, default=None)
     window_tolerance: int | float = 2.0**-24
     qk_norm: bool = True
+    qk_norm_gain: Literal["head", "channel", "none"] | None = None
     clip_qkv: int | float | None = None
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -215,6 +220,9 @@ class AlibiGPTConfig(UploadsCode, PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        if self.qk_norm_gain is None:
+            # Every saved config has the version of Transformers that saved it.
+            self.qk_norm_gain = "head" if self.transformers_version is None else "channel"
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -299,9 +307,9 @@ class AlibiGPTConfig(UploadsCode, PreTrainedConfig):
         """
         if not self.windows_follow_from_weights:
             return None
-        gain = torch.ones(self.head_dim)
+        gain = torch.ones(1)
         slopes = [slope / self.slope_divisor for slope in self.slopes]
-        return qk_norm_guarantee(slopes, gain, gain, self.window_tolerance)
+        return qk_norm_guarantee(slopes, gain, gain, self.head_dim, self.window_tolerance)
 
     def validate_architecture(self) -> None:
         """Checks the values of all fields.

@@ -21,8 +21,8 @@ def window_guarantees(decoder: Any) -> list[WindowGuarantee] | None:
     gains = _known_gains(decoder) if decoder.config.windows_follow_from_weights else None
     if gains is None:
         return None
-    slopes = decoder.slopes(decoder.embed_tokens.weight).tolist()
-    return [qk_norm_guarantee(slopes, *pair, decoder.config.window_tolerance) for pair in gains]
+    config, slopes = decoder.config, decoder.slopes(decoder.embed_tokens.weight).tolist()
+    return [qk_norm_guarantee(slopes, *pair, config.head_dim, config.window_tolerance) for pair in gains]
 
 
 def windowed_cache(decoder: Any, offloading: bool) -> WindowedCache | None:
@@ -94,4 +94,4 @@ def _slopes_and_gains(decoder: Any) -> Tensor | None:
     if gains is None:
         return None
     slopes = decoder.slopes(decoder.embed_tokens.weight)
-    return torch.cat([slopes, *(gain.to(slopes) for pair in gains for gain in pair)]).detach()
+    return torch.cat([slopes, *(gain.to(slopes).flatten() for pair in gains for gain in pair)]).detach()

@@ -14,8 +14,8 @@ from .attention import backend
 from .configuration_alibi_gpt import AlibiGPTConfig
 from .growing import GrowingCache
 from .layout import TokenLayout
-from .norms import AlibiGPTRMSNorm, known_gain, make_norm
-from .ranks import of_this_rank
+from .norms import AlibiGPTHeadRMSNorm, known_gain, make_norm, make_qk_norms
+from .ranks import heads_of_this_rank, of_this_rank
 
 
 class SealedLayout:
@@ -50,8 +50,7 @@ class AlibiGPTAttention(nn.Module):
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
         # `_init_weights` reads this attribute.
         self.o_proj.adds_to_residual = True  # type: ignore[assignment]
-        self.q_norm = AlibiGPTRMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = AlibiGPTRMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = make_qk_norms(config)
 
     def forward(
         self,
@@ -76,7 +75,7 @@ class AlibiGPTAttention(nn.Module):
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if (limit := self.config.clip_qkv) is not None:
             query, key, value = (states.clamp(-limit, limit) for states in (query, key, value))
-        query = self.q_norm(query.view(head_shape)).transpose(1, 2)
+        query = self._normed_query(query.view(head_shape)).transpose(1, 2)
         key = self.k_norm(key.view(head_shape)).transpose(1, 2)
         value = value.view(head_shape).transpose(1, 2)
         query, key = self.with_positions(query, key, hidden_states, attention_mask.layout)
@@ -127,14 +126,22 @@ class AlibiGPTAttention(nn.Module):
         attention = backend(self.config._attn_implementation).forward
         return attention(self, query, key, value, layout, scaling=scaling, dropout=dropout, **kwargs)
 
+    def _normed_query(self, query: Tensor) -> Tensor:
+        if isinstance(self.q_norm, AlibiGPTHeadRMSNorm):
+            return self.q_norm(query, heads_of_this_rank(self.q_proj.weight, self.config.num_attention_heads))
+        return self.q_norm(query)
+
     def known_gains(self) -> tuple[Tensor, Tensor] | None:
-        """Returns the QK-norm gains of queries and keys, each `[head_dim]`, or `None` if they do not bound all scores.
+        """Returns the QK-norm gains of queries and keys, or `None` if they do not bound all scores.
+
+        Their shapes are those of `norms.known_gain`.
 
         A subclass, or an instance with another `forward`, may compute scores in other ways.
         """
         if type(self) is not AlibiGPTAttention or "forward" in vars(self):
             return None
-        query_gain, key_gain = (known_gain(norm, self.head_dim) for norm in (self.q_norm, self.k_norm))
+        heads = self.config.num_attention_heads
+        query_gain, key_gain = (known_gain(norm, heads, self.head_dim) for norm in (self.q_norm, self.k_norm))
         return None if query_gain is None or key_gain is None else (query_gain, key_gain)
 
 

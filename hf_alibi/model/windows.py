@@ -43,19 +43,20 @@ def head_windows(slopes: Tensor, score_bounds: Tensor, tolerance: float) -> Tens
     return torch.where(distances < UNLIMITED, distances.ceil(), UNLIMITED).long()
 
 
-def qk_norm_bound(query_gain: Tensor, key_gain: Tensor) -> Tensor:
-    """Returns U, `[]`, for queries and keys that leave an RMSNorm with these gains.
+def qk_norm_bound(query_gain: Tensor, key_gain: Tensor, head_dim: int) -> Tensor:
+    """Returns U for queries and keys that leave an RMSNorm with these gains: `[heads]`, or `[]` for all heads.
 
     Normalized vectors have length sqrt(d). By the Cauchy-Schwarz inequality the product of query and key is at most d
     times the largest product of gains, and U is this divided by sqrt(d). In bfloat16, rounding may increase queries,
     keys and gains by a factor of 1 + 2^-9 each. An additional 1% covers this.
 
     Args:
-        query_gain: `[head_dim]`.
-        key_gain: `[head_dim]`.
+        query_gain: One for each channel, `[head_dim]`; for each head, `[heads, 1]`; or one for all, `[1]`.
+        key_gain: `[head_dim]` or `[1]`.
+        head_dim: d.
     """
-    largest = (query_gain.detach().float() * key_gain.detach().float()).abs().max()
-    return 1.01 * math.sqrt(len(query_gain)) * largest
+    largest = (query_gain.detach().float() * key_gain.detach().to(query_gain.device).float()).abs().amax(-1)
+    return 1.01 * math.sqrt(head_dim) * largest
 
 
 def largest_norms(states: Tensor) -> Tensor:
@@ -90,36 +91,46 @@ class WindowGuarantee:
     Attributes:
         slopes: The slope of every query head, in nats per token.
         windows: The window of every query head, in tokens.
-        score_bound: U, in nats.
+        score_bounds: U of every query head, in nats.
         tolerance: eps. Outputs change by at most 2 eps max |v|.
     """
 
     slopes: list[float]
     windows: list[int]
-    score_bound: float
+    score_bounds: list[float]
     tolerance: float
+
+    @property
+    def score_bound(self) -> float:
+        """The largest U of all heads, in nats."""
+        return max(self.score_bounds)
 
     def __str__(self) -> str:
         """Returns a table with one line per head, and the guarantee."""
-        rows = [f"{'head':>4}  {'slope':>10}  {'window':>10}"]
-        for head, (slope, window) in enumerate(zip(self.slopes, self.windows, strict=True)):
-            rows.append(f"{head:>4}  {slope:>10.3g}  {window:>10,}")
+        rows = [f"{'head':>4}  {'slope':>10}  {'U':>6}  {'window':>10}"]
+        for head, values in enumerate(zip(self.slopes, self.score_bounds, self.windows, strict=True)):
+            slope, bound, window = values
+            rows.append(f"{head:>4}  {slope:>10.3g}  {bound:>6.4g}  {window:>10,}")
         rows.append(f"all heads together: {sum(self.windows):,} keys per query, for any length of the text")
         rows.append(
-            f"|score| <= {self.score_bound:.4g} nats; outputs change by at most {2 * self.tolerance:.3g} max|v|"
+            f"|score| <= U nats, at most {self.score_bound:.4g}; "
+            f"outputs change by at most {2 * self.tolerance:.3g} max|v|"
         )
         return "\n".join(rows)
 
 
-def qk_norm_guarantee(slopes: list[float], query_gain: Tensor, key_gain: Tensor, tolerance: float) -> WindowGuarantee:
+def qk_norm_guarantee(
+    slopes: list[float], query_gain: Tensor, key_gain: Tensor, head_dim: int, tolerance: float
+) -> WindowGuarantee:
     """Returns the windows of a layer whose queries and keys leave an RMSNorm with these gains.
 
     Args:
         slopes: The slope of every query head, in nats per token.
-        query_gain: `[head_dim]`.
-        key_gain: `[head_dim]`.
+        query_gain: See `qk_norm_bound`.
+        key_gain: See `qk_norm_bound`.
+        head_dim: Channels of a head.
         tolerance: eps, above 0.
     """
-    bound = qk_norm_bound(query_gain, key_gain).cpu()
-    windows = head_windows(torch.tensor(slopes, dtype=torch.float64), bound, tolerance)
-    return WindowGuarantee(slopes, windows.tolist(), bound.item(), tolerance)
+    bounds = qk_norm_bound(query_gain, key_gain, head_dim).cpu().expand(len(slopes))
+    windows = head_windows(torch.tensor(slopes, dtype=torch.float64), bounds, tolerance)
+    return WindowGuarantee(slopes, windows.tolist(), bounds.tolist(), tolerance)

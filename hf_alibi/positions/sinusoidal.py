@@ -111,7 +111,7 @@ class SinusoidalGPTModel(AlibiGPTModel):
                 # Keys start with the projection of the first query head that looks at them.
                 groups = (self.config.num_key_value_heads, -1, attention.head_dim)
                 copy_(module.weight, attention.q_proj.weight.unflatten(0, groups)[:, 0].flatten(0, 1))
-            elif module is attention.q_norm and self.config.qk_norm:
+            elif module is attention.q_norm and getattr(module, "weight", None) is not None:
                 nn.init.constant_(module.weight, QUERY_GAIN)
 
 

@@ -13,7 +13,8 @@ def window_record(model: PreTrainedModel) -> dict[str, Any] | None:
     """Returns U, gains and windows of every layer of a model, or None if they do not follow from finite weights.
 
     Returns:
-        `score_bound` (U in nats by layer), `query_gain` and `key_gain` (largest and mean absolute gain by layer),
+        `score_bound` (U in nats by layer, the largest of its heads), `score_bounds` (by layer and head),
+        `query_gain` and `key_gain` (largest and mean absolute gain by layer; 1 where there are none),
         `windows` (tokens, by layer and head), and `keys` (keys that a query looks at in all heads, by layer).
     """
     # The base model, also inside wrappers of Trainer.
@@ -24,18 +25,19 @@ def window_record(model: PreTrainedModel) -> dict[str, Any] | None:
     if not all(math.isfinite(guarantee.score_bound) for guarantee in guarantees):
         # Training has diverged.
         return None
-    attentions: list[Any] = [layer.self_attn for layer in decoder.layers]
+    gains: list[Any] = [layer.self_attn.known_gains() for layer in decoder.layers]
     return {
         "score_bound": [round(guarantee.score_bound, 4) for guarantee in guarantees],
-        "query_gain": [_gains(attention.q_norm.weight) for attention in attentions],
-        "key_gain": [_gains(attention.k_norm.weight) for attention in attentions],
+        "score_bounds": [[round(bound, 4) for bound in guarantee.score_bounds] for guarantee in guarantees],
+        "query_gain": [_gains(query_gain) for query_gain, _ in gains],
+        "key_gain": [_gains(key_gain) for _, key_gain in gains],
         "windows": [guarantee.windows for guarantee in guarantees],
         "keys": [sum(guarantee.windows) for guarantee in guarantees],
     }
 
 
-def _gains(weight: Tensor) -> list[float]:
-    gains = weight.detach().float().abs()
+def _gains(gain: Tensor) -> list[float]:
+    gains = gain.detach().float().abs()
     return [round(gains.max().item(), 4), round(gains.mean().item(), 4)]
 
 

@@ -136,6 +136,7 @@ def _configs(draw: st.DrawFn, is_long: bool, needs_windows: bool) -> dict[str, A
     for name in ("attention_bias", "mlp_bias", "embedding_norm", "tie_word_embeddings", "alibi_slopes_trainable"):
         config[name] = draw(st.booleans())
     config["qk_norm"] = needs_windows or draw(st.booleans())
+    config["qk_norm_gain"] = draw(st.sampled_from(["head", "channel", "none"]))
     # A norm over a single number returns its sign, for which rounding errors can be arbitrarily large.
     config["head_dim"] = draw(st.sampled_from([2, 3, 5, 8, 16] if config["qk_norm"] else [1, 2, 3, 5, 8, 16]))
     if config["norm_type"] == "layernorm":

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from transformers import DynamicCache
 
 from hf_alibi import AlibiGPTForCausalLM
-from hf_alibi.model.norms import AlibiGPTRMSNorm
+from hf_alibi.model.norms import AlibiGPTHeadRMSNorm, AlibiGPTRMSNorm
 
 # The factor by which the output exceeds what the weight of the norm implies.
 LOUD = 8.0
@@ -53,6 +53,14 @@ class LoudNorm(AlibiGPTRMSNorm):
         return LOUD * super().forward(hidden_states)
 
 
+class LoudHeadNorm(AlibiGPTHeadRMSNorm):
+    """The same with gains of heads."""
+
+    def forward(self, hidden_states: Tensor, heads: slice = slice(None)) -> Tensor:
+        """Norms, and more."""
+        return LOUD * super().forward(hidden_states, heads)
+
+
 class Replaced(nn.Module):
     """A norm of another kind, without a weight."""
 
@@ -63,7 +71,7 @@ class Replaced(nn.Module):
 
 def replace_forward(norm: Any) -> None:
     plain = norm.forward
-    norm.forward = lambda states: LOUD * plain(states)
+    norm.forward = lambda *args: LOUD * plain(*args)
 
 
 def offload(norm: Any) -> None:
@@ -83,13 +91,15 @@ def offload(norm: Any) -> None:
 
 def change(attention: Any, how: Callable[[nn.Module], nn.Module | None]) -> None:
     for name in ("q_norm", "k_norm"):
+        if getattr(attention, name).weight is None:
+            continue
         other = how(getattr(attention, name))
         if other is not None:
             setattr(attention, name, other)
 
 
 def set_class(norm: Any) -> None:
-    norm.__class__ = LoudNorm
+    norm.__class__ = LoudNorm if type(norm) is AlibiGPTRMSNorm else LoudHeadNorm
 
 
 def hook(norm: nn.Module) -> None:
@@ -108,9 +118,9 @@ WAYS: dict[str, Callable[[Any], Any]] = {
 each_way = pytest.mark.parametrize("how", WAYS.values(), ids=WAYS.keys())
 
 
-@pytest.fixture
-def model(make_model: ModelFactory) -> AlibiGPTForCausalLM:
-    return make_model(hidden_size=48, num_attention_heads=6, num_hidden_layers=1)
+@pytest.fixture(params=["channel", "head"])
+def model(make_model: ModelFactory, request: pytest.FixtureRequest) -> AlibiGPTForCausalLM:
+    return make_model(hidden_size=48, num_attention_heads=6, num_hidden_layers=1, qk_norm_gain=request.param)
 
 
 def tokens(length: int) -> Tensor:
@@ -152,6 +162,8 @@ def test_attention_whose_forward_is_replaced_has_no_windowed_cache(model: AlibiG
 @pytest.mark.parametrize("gone", ["meta", "empty", "shard", "no-storage"])
 def test_a_weight_that_is_not_whole(model: AlibiGPTForCausalLM, name: str, gone: str) -> None:
     norm: Any = getattr(model.model.layers[0].self_attn, name)
+    if norm.weight is None:
+        pytest.skip("keys have no gain")
     whole = norm.weight.data
     if gone == "meta":
         norm.weight = nn.Parameter(whole.to("meta"))
@@ -187,9 +199,21 @@ def test_functional_call(model: AlibiGPTForCausalLM) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["q_norm", "k_norm"])
+def test_a_norm_without_a_gain_that_got_one(make_model: ModelFactory, name: str) -> None:
+    model = make_model(num_hidden_layers=1, qk_norm_gain="none")
+    assert model.model.window_guarantees() is not None
+    norm: Any = getattr(model.model.layers[0].self_attn, name)
+    norm.weight = nn.Parameter(torch.full((16,), LOUD))
+    assert model.model.window_guarantees() is None
+    input_ids = tokens(1300)
+    assert_equal_to_eager(model, model(input_ids, use_cache=False).logits, input_ids)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("what", ["gain", "slope"])
 def test_a_cache_from_before_a_training_step_is_refused(make_model: ModelFactory, what: str) -> None:
-    model = make_model(alibi_slopes_trainable=True)
+    model = make_model(alibi_slopes_trainable=True, qk_norm_gain="channel")
     past, input_ids = model.model.windowed_cache(), tokens(20)
     model(input_ids, past_key_values=past)
     changed: Any = model.model.layers[1].self_attn.k_norm.weight if what == "gain" else model.model.bias_log_slopes
@@ -203,7 +227,7 @@ def test_a_cache_from_before_a_training_step_is_refused(make_model: ModelFactory
 def test_keys_that_other_weights_have_cached(model: AlibiGPTForCausalLM) -> None:
     """Windows follow the norms of the cached keys, not the current weights."""
     loud, input_ids = copy.deepcopy(model), tokens(2000)
-    loud.model.layers[0].self_attn.k_norm.weight.mul_(LOUD)
+    loud.model.layers[0].self_attn.k_norm.weight = nn.Parameter(torch.full((8,), LOUD))
     logits = {}
     for implementation in ("sdpa", "eager"):
         past = DynamicCache(config=model.config)

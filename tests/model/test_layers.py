@@ -48,7 +48,7 @@ def test_the_feed_forward_layer(make_model: ModelFactory, activation: str, gated
 def test_a_decoder_layer(
     make_model: ModelFactory, parallel: bool, limit: float | None, qk_norm: bool, backend: str
 ) -> None:
-    model = make_model(use_parallel_residual=parallel, clip_qkv=limit, qk_norm=qk_norm)
+    model = make_model(use_parallel_residual=parallel, clip_qkv=limit, qk_norm=qk_norm, qk_norm_gain="channel")
     model.set_attn_implementation(backend)
     recorded = model.model(inputs_embeds=STATES.float(), output_hidden_states=True, use_cache=False).hidden_states
     layer = model.model.layers[0].double()

@@ -29,6 +29,8 @@ SHAPES = {
     "12-heads-grouped": {"num_attention_heads": 12, "num_key_value_heads": 4},
     "multi-query": {"num_key_value_heads": 1},
     "no-qk-norm": {"qk_norm": False},
+    "channel-gains": {"qk_norm_gain": "channel"},
+    "no-gains": {"qk_norm_gain": "none"},
     "bloom-like": {
         "qk_norm": False,
         "norm_type": "layernorm",

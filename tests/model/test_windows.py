@@ -96,10 +96,21 @@ def test_bounds_are_those_of_cauchy_and_schwarz() -> None:
     scores = (query @ key.transpose(2, 3) * SCALING).abs().amax((0, 2, 3))
     bounds = norm_bounds(query, key, SCALING)
     assert torch.all(scores <= bounds)
-    assert scores.max() <= qk_norm_bound(gains[0], gains[1])
+    assert scores.max() <= qk_norm_bound(gains[0], gains[1], HEAD_DIM)
     # Vectors along the channel with the largest product of gains reach this score.
     reached = (gains[0] * gains[1]).max().item() * math.sqrt(HEAD_DIM)
-    assert qk_norm_bound(gains[0], gains[1]).item() == pytest.approx(reached, rel=0.011)
+    assert qk_norm_bound(gains[0], gains[1], HEAD_DIM).item() == pytest.approx(reached, rel=0.011)
+
+
+def test_each_head_has_the_bound_of_its_gain() -> None:
+    torch.manual_seed(0)
+    gains = torch.rand(6, 1) * 3
+    query, key = (torch.nn.functional.rms_norm(torch.randn(2, 6, 111, HEAD_DIM), [HEAD_DIM]) for _ in range(2))
+    scores = (query * gains[..., None] @ key.transpose(2, 3) * SCALING).abs().amax((0, 2, 3))
+    bounds = qk_norm_bound(gains, torch.ones(1), HEAD_DIM)
+    assert torch.all(scores <= bounds)
+    # A key in the direction of its query reaches this score.
+    torch.testing.assert_close(bounds, gains[:, 0] * math.sqrt(HEAD_DIM), rtol=0.011, atol=0)
 
 
 @pytest.mark.parametrize(("slope", "bound"), [(0.0, 8.0), (1e-300, 8.0), (0.5, math.inf), (0.5, math.nan)])
@@ -142,15 +153,28 @@ def test_the_promise_is_made_for_the_scaled_slopes() -> None:
 
 @torch.no_grad()
 def test_layers_start_with_what_the_config_promises_and_follow_their_gains(make_model: ModelFactory) -> None:
-    model = make_model().model
+    model = make_model(qk_norm_gain="channel").model
     before, other = model.window_guarantees()
     new = promised(num_attention_heads=6, hidden_size=96)
-    assert (before.windows, before.score_bound) == (new.windows, new.score_bound)
+    assert (before.windows, before.score_bounds) == (new.windows, new.score_bounds)
     model.layers[0].self_attn.k_norm.weight[3] = -2.0
     assert [guarantee.score_bound for guarantee in model.window_guarantees()] == [
         2 * before.score_bound,
         other.score_bound,
     ]
+
+
+@torch.no_grad()
+def test_a_head_with_a_larger_gain_has_a_wider_window(make_model: ModelFactory) -> None:
+    model = make_model(qk_norm_gain="head").model
+    new, _ = model.window_guarantees()
+    model.layers[0].self_attn.q_norm.weight[3] = -2.0
+    changed, other = model.window_guarantees()
+    assert other == new
+    assert changed.score_bounds == [2 * bound if head == 3 else bound for head, bound in enumerate(new.score_bounds)]
+    assert changed.score_bound == 2 * new.score_bound
+    wider = [head for head in range(6) if changed.windows[head] != new.windows[head]]
+    assert wider == [3] and changed.windows[3] > new.windows[3]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +199,7 @@ def test_windows_are_as_wide_as_scaled_slopes_need(make_model: ModelFactory, sca
 
 @pytest.mark.parametrize("qk_norm", [True, False], ids=["qk-norm", "norms-at-hand"])
 def test_a_model_with_windows_gives_the_logits_of_one_without(make_model: ModelFactory, qk_norm: bool) -> None:
-    model = make_model(qk_norm=qk_norm, hidden_size=48)
+    model = make_model(qk_norm=qk_norm, qk_norm_gain="channel", hidden_size=48)
     if qk_norm:
         for layer in model.model.layers:
             for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):

@@ -75,7 +75,7 @@ def test_the_window_record_is_the_models() -> None:
     guarantees: Any = model.model.window_guarantees()
     assert record["score_bound"] == [round(guarantee.score_bound, 4) for guarantee in guarantees]
     assert record["score_bound"][1] == pytest.approx(3 * record["score_bound"][0], rel=1e-4)
-    assert record["query_gain"][1] == [3, 1.25]
+    assert record["query_gain"][1] == [3, 1.5]
     assert record["windows"] == [guarantee.windows for guarantee in guarantees]
     assert (
         window_record(
