@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..errors import UserError
 from ..evaluation.plots import require_matplotlib
 from ..study.dry_run import describe
 from ..study.figures import draw_figures
@@ -45,6 +46,10 @@ class StudyArguments:
     runs: list[str] = field(
         default_factory=list, metadata={"help": "Names or patterns of the runs to make; default: all."}
     )
+    jobs: int = field(
+        default=1,
+        metadata={"help": "Runs that are made at the same time; on a CPU, small models train faster in total."},
+    )
     tables: bool = field(default=False, metadata={"help": "Only make tables and plots, from the JSON files."})
     dry_run: bool = field(default=False, metadata={"help": "Only list the runs, with their estimated cost."})
 
@@ -59,13 +64,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = load_plan(plan_file)
     check_models(plan)
     folder = arguments.output_dir / plan.name
+    if arguments.jobs < 1:
+        raise UserError(f"--jobs {arguments.jobs}: give at least 1")
     if arguments.dry_run:
         print(describe(plan, chosen(all_runs(plan), arguments.runs)))
         return
     require_matplotlib()
     if not arguments.tables:
         text = prepare_text(plan, parse_texts(arguments.text), folder / "text")
-        run_study(plan, plan_file, text, folder, arguments.runs)
+        run_study(plan, plan_file, text, folder, arguments.runs, arguments.jobs)
     records = load_records(folder)
     tables = make_tables(plan.name, records)
     write_text(folder / "tables.md", tables)

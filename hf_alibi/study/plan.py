@@ -27,7 +27,7 @@ Number = int | float
 @strict
 @dataclass
 class Training:
-    """How the models of the main comparison train: each of `methods`, at each of `lengths`, with each of `seeds`.
+    """How the models of the main comparison train: each of `methods`, with each of `seeds`.
 
     Attributes:
         tokens: Training tokens of a run.
@@ -35,6 +35,8 @@ class Training:
         lengths: Training lengths in tokens.
         seeds: Seeds of the initial weights and of the order of the text.
         methods: Names in `METHODS`; all of them if empty.
+        at_all_lengths: Those of `methods` that train at each of `lengths`; all of them if empty. The others train at
+            the shortest.
         learning_rate: Peak rate, where there is no sweep.
         warmup_fraction: Part of the steps in which the rate rises. It falls along a cosine afterwards.
         evaluations: Number of evaluations along a run.
@@ -51,6 +53,7 @@ class Training:
     lengths: list[int]
     seeds: list[int]
     methods: list[str] = field(default_factory=list)
+    at_all_lengths: list[str] = field(default_factory=list)
     learning_rate: Number = 3e-3
     warmup_fraction: Number = 0.1
     weight_decay: Number = 0.1
@@ -239,6 +242,8 @@ def load_plan(path: Path) -> Plan:
     plan = Plan(name=path.stem, model=tables["model"], **sections)
     if not plan.training.methods:
         plan.training.methods = list(METHODS)
+    if not plan.training.at_all_lengths:
+        plan.training.at_all_lengths = plan.training.methods
     _check(plan, str(path))
     return plan
 
@@ -275,6 +280,9 @@ def _check(plan: Plan, where: str) -> None:
     for method in [*named, *(plan.sweep.options if plan.sweep else [])]:
         if method not in METHODS:
             raise UserError(f"{where} names a method {method!r}; the methods are {', '.join(METHODS)}")
+    for method in training.at_all_lengths:
+        if method not in training.methods:
+            raise UserError(f"{where} [training]: at_all_lengths has {method!r}, which is not one of methods")
     step = training.tokens_per_step
     asked = [section for section in (plan.ablations, plan.windows, plan.recall) if section]
     lengths = {*training.lengths, *(section.length for section in asked)}

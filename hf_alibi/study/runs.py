@@ -16,6 +16,11 @@ from .plan import Plan
 
 SWEEP, MAIN, ABLATIONS, WINDOWS, SPEED, RECALL = "sweep", "main", "ablations", "windows", "speed", "recall"
 
+# Keys of [training] that belong to the plan. Those of a run are beside them, and a change of the others changes nothing.
+OF_THE_PLAN = (
+    "methods", "at_all_lengths", "seeds", "lengths", "tokens", "learning_rate", "text_tokens", "tokens_per_second",
+)  # fmt: skip
+
 # Points along a run at which the windows are recorded, if the plan does not say.
 POINTS = 10
 LONGEST_TEST = 16
@@ -80,10 +85,10 @@ def settings(run: Run, plan: Plan, choices: dict[str, dict[str, Any]]) -> dict[s
     values["test"] = asdict(plan.test)
     if run.question == RECALL:
         values["recall"] = asdict(plan.recall)  # type: ignore[arg-type]
+        values["recall"].pop("seeds")
     if run.question == SPEED:
         values["speed"] = asdict(plan.speed)  # type: ignore[arg-type]
-    for key in ("methods", "seeds", "lengths", "tokens", "learning_rate", "text_tokens", "tokens_per_second"):
-        # These belong to the plan. Those of the run are above, and a change of the others changes no result.
+    for key in OF_THE_PLAN:
         values["training"].pop(key)
     # The chunks in which the text is shuffled, the same at every training length.
     values["training"]["chunk"] = max(plan.training.lengths)
@@ -121,9 +126,11 @@ def _tests(plan: Plan, length: int) -> list[int]:
 
 def _main(plan: Plan) -> Iterator[Run]:
     training = plan.training
-    for seed, length, method in product(training.seeds, training.lengths, training.methods):
-        name = f"{method}-L{length}-s{seed}"
-        yield Run(name, MAIN, method, method, {}, length, seed, training.tokens, _tests(plan, length))
+    for seed, length in product(training.seeds, training.lengths):
+        methods = training.methods if length == min(training.lengths) else training.at_all_lengths
+        for method in methods:
+            name = f"{method}-L{length}-s{seed}"
+            yield Run(name, MAIN, method, method, {}, length, seed, training.tokens, _tests(plan, length))
 
 
 def _speed(plan: Plan) -> Iterator[Run]:

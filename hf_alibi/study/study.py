@@ -1,4 +1,4 @@
-"""Runs a study: each run that is not finished, one after the other, each in a process of its own.
+"""Runs a study: each run that is not finished, in a process of its own.
 
 A run is finished when its JSON file exists. So a study that was stopped goes on with the same command, at the run that
 it was in. A finished run is never run again: if the plan or the text now ask for something else, that is an error.
@@ -10,8 +10,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,9 @@ from .runs import SPEED, SWEEP, Run, all_runs, model_fields, settings
 from .training import new_config
 
 
-def run_study(plan: Plan, plan_file: Path, text: dict[str, Any], folder: Path, patterns: Sequence[str]) -> None:
+def run_study(
+    plan: Plan, plan_file: Path, text: dict[str, Any], folder: Path, patterns: Sequence[str], jobs: int = 1
+) -> None:
     """Runs what is not finished.
 
     Args:
@@ -31,6 +36,7 @@ def run_study(plan: Plan, plan_file: Path, text: dict[str, Any], folder: Path, p
         text: What `prepare_text` returned.
         folder: Folder of the study.
         patterns: Names or patterns of the runs to make; empty for all.
+        jobs: Runs that are made at the same time. They share the cores.
 
     Raises:
         UserError: If a finished run is another one than the plan asks for, or if runs have failed. The other runs are
@@ -41,21 +47,9 @@ def run_study(plan: Plan, plan_file: Path, text: dict[str, Any], folder: Path, p
         shutil.copyfile(plan_file, folder / "plan.toml")
     runs = chosen(all_runs(plan), patterns)
     failed = []
-    for number, run in enumerate(runs, 1):
-        choices = sweep_choices(plan, folder)
-        if run.question != SWEEP and run.question != SPEED and plan.sweep and run.method not in choices:
-            failed.append(f"{run.name} (no run of the sweep for {run.method})")
-            continue
-        asked = settings(run, plan, choices)
-        path = run_file(folder, run.name)
-        if is_finished(path, asked, text):
-            continue
-        print(f"{number}/{len(runs)}  {run.name}", flush=True)
-        request = {"settings": asked, "text": text, "command": command(plan, run), "study": os.getpid()}
-        if run.question == SPEED:
-            request["configs"] = speed_configs(plan)
-        if not _run_process(request, folder, run.name):
-            failed.append(f"{run.name} (see {folder / 'logs' / run.name}.txt)")
+    # Other runs need the choices of the sweep, and nothing may run while speed is measured.
+    for question, phase in groupby(runs, lambda run: run.question if run.question in (SWEEP, SPEED) else ""):
+        failed += _make(list(phase), 1 if question == SPEED else jobs, plan, text, folder)
     if plan.sweep:
         write_json(folder / "sweep.json", sweep_choices(plan, folder))
     if failed:
@@ -141,10 +135,35 @@ def command(plan: Plan, run: Run) -> str:
     return f"hf_alibi study {plan.name} --text NAME=FILES --runs {shlex.quote(run.name)}"
 
 
-def _run_process(request: dict[str, Any], folder: Path, name: str) -> bool:
-    """Makes a run in a process of its own, and returns whether it has written its results."""
+def _make(runs: list[Run], jobs: int, plan: Plan, text: dict[str, Any], folder: Path) -> list[str]:
+    """Makes the runs that are not finished, `jobs` at a time. Returns those that failed, with the reason."""
+    choices, failed, running = sweep_choices(plan, folder), [], dict[str, subprocess.Popen]()
+    try:
+        for number, run in enumerate(runs, 1):
+            if run.question not in (SWEEP, SPEED) and plan.sweep and run.method not in choices:
+                failed.append(f"{run.name} (no run of the sweep for {run.method})")
+                continue
+            asked = settings(run, plan, choices)
+            if is_finished(run_file(folder, run.name), asked, text):
+                continue
+            failed += _wait(running, jobs - 1, folder)
+            print(f"{number}/{len(runs)}  {run.name}", flush=True)
+            request = {"settings": asked, "text": text, "command": command(plan, run), "study": os.getpid()}
+            if run.question == SPEED:
+                request["configs"] = speed_configs(plan)
+            running[run.name] = _start(request, folder, run.name, jobs)
+        return failed + _wait(running, 0, folder)
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
+
+
+def _start(request: dict[str, Any], folder: Path, name: str, jobs: int) -> subprocess.Popen:
+    """Starts a run in a process of its own, which has its share of the cores."""
     log = folder / "logs" / f"{name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
+    threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "hf_alibi.study.one_run", str(folder)],
@@ -152,11 +171,24 @@ def _run_process(request: dict[str, Any], folder: Path, name: str) -> bool:
             stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
+            env=os.environ | threads,
         )
-        try:
-            process.communicate(json.dumps(request))
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-    return process.returncode == 0 and run_file(folder, name).is_file()
+    assert process.stdin is not None
+    # A process that has already ended shows in its exit status.
+    with suppress(BrokenPipeError), process.stdin as pipe:
+        pipe.write(json.dumps(request))
+    return process
+
+
+def _wait(running: dict[str, subprocess.Popen], most: int, folder: Path) -> list[str]:
+    """Waits until at most so many runs are left. Returns those that failed."""
+    failed = []
+    while True:
+        for name, process in list(running.items()):
+            if process.poll() is not None:
+                del running[name]
+                if process.returncode or not run_file(folder, name).is_file():
+                    failed.append(f"{name} (see {folder / 'logs' / name}.txt)")
+        if len(running) <= most:
+            return failed
+        time.sleep(0.2)
