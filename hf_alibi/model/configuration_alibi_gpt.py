@@ -117,10 +117,9 @@ class AlibiGPTConfig(UploadsCode, PreTrainedConfig):
         window_tolerance: Fraction of the attention that a head may lose because distant keys are left out, see
             `windows.py`. The default is the rounding of float32. With 0, no key is left out.
         qk_norm: Whether queries and keys get an RMSNorm over `head_dim`, which bounds every score.
-        qk_norm_gain: What QK-norm multiplies by after the division. `"head"`: each query head has a gain, and keys have
-            none. `"channel"`: queries and keys each have a gain for every channel, which all heads share. `"none"`:
-            neither has a gain. `None` is `"head"` for a new config. For one that was saved before this field was
-            there, it is `"channel"`.
+        qk_norm_gain: Which gains QK-norm has. `"head"`: one for each query head, and none for keys. `"channel"`: one for
+            each channel of queries and of keys, the same for all heads. `"none"`: no gains. `None` is `"head"` for a
+            new config, and `"channel"` for one that was saved before this field existed.
         clip_qkv: Queries, keys and values are clipped to [-`clip_qkv`, `clip_qkv`] after their projections and before
             QK-norm (MPT); `None` for no clipping.
         attention_bias: Whether the projections of the attention have biases.

@@ -16,7 +16,7 @@ from .plan import Plan
 
 SWEEP, MAIN, ABLATIONS, WINDOWS, SPEED, RECALL = "sweep", "main", "ablations", "windows", "speed", "recall"
 
-# Keys of [training] that belong to the plan. Those of a run are beside them, and a change of the others changes nothing.
+# Keys of [training] that belong to the plan: what a run has of them is in its other settings.
 OF_THE_PLAN = (
     "methods", "at_all_lengths", "seeds", "lengths", "tokens", "learning_rate", "text_tokens", "tokens_per_second",
 )  # fmt: skip

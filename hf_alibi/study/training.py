@@ -161,6 +161,8 @@ def _arguments(settings: dict[str, Any], folder: Path, steps: int) -> TrainingAr
         adam_beta2=how["adam_beta2"],
         max_grad_norm=how["max_grad_norm"],
         bf16=how["bf16"],
+        # Trainer refuses bfloat16 on a CPU otherwise.
+        use_cpu=not torch.accelerator.is_available(),
         logging_steps=max(1, steps // LOSSES),
         eval_strategy="steps",
         eval_steps=max(1, steps // how["evaluations"]),

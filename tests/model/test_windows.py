@@ -174,7 +174,8 @@ def test_a_head_with_a_larger_gain_has_a_wider_window(make_model: ModelFactory) 
     assert changed.score_bounds == [2 * bound if head == 3 else bound for head, bound in enumerate(new.score_bounds)]
     assert changed.score_bound == 2 * new.score_bound
     wider = [head for head in range(6) if changed.windows[head] != new.windows[head]]
-    assert wider == [3] and changed.windows[3] > new.windows[3]
+    assert wider == [3]
+    assert changed.windows[3] > new.windows[3]
 
 
 @pytest.mark.parametrize(
