@@ -117,7 +117,7 @@ class AlibiGPTConfig(UploadsCode, PreTrainedConfig):
         window_tolerance: Fraction of the attention that a head may lose because distant keys are left out, see
             `windows.py`. The default is the rounding of float32. With 0, no key is left out.
         qk_norm: Whether queries and keys get an RMSNorm over `head_dim`, which bounds every score.
-        qk_norm_gain: Which gains QK-norm has. `"head"`: one for each query head, and none for keys. `"channel"`: one for
+        qk_norm_gain: Which gains QK-norm has. `"head"`: one for each query head, none for keys. `"channel"`: one for
             each channel of queries and of keys, the same for all heads. `"none"`: no gains. `None` is `"head"` for a
             new config, and `"channel"` for one that was saved before this field existed.
         clip_qkv: Queries, keys and values are clipped to [-`clip_qkv`, `clip_qkv`] after their projections and before
