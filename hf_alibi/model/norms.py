@@ -85,7 +85,7 @@ def known_gain(norm: Any, heads: int, size: int) -> Tensor | None:
     is_plain = type(norm) in (AlibiGPTRMSNorm, AlibiGPTHeadRMSNorm)
     if not is_plain or is_changed or norm._forward_hooks or norm._forward_pre_hooks:
         return None
-    gain = getattr(norm, "weight", None)
+    gain: Any = getattr(norm, "weight", None)
     has_heads = type(norm) is AlibiGPTHeadRMSNorm
     if not has_heads and not norm.elementwise_affine:
         return torch.ones(1) if gain is None else None

@@ -25,7 +25,8 @@ def window_record(model: PreTrainedModel) -> dict[str, Any] | None:
     if not all(math.isfinite(guarantee.score_bound) for guarantee in guarantees):
         # Training has diverged.
         return None
-    gains: list[Any] = [layer.self_attn.known_gains() for layer in decoder.layers]
+    attentions: list[Any] = [layer.self_attn for layer in decoder.layers]
+    gains = [attention.known_gains() for attention in attentions]
     return {
         "score_bound": [round(guarantee.score_bound, 4) for guarantee in guarantees],
         "score_bounds": [[round(bound, 4) for bound in guarantee.score_bounds] for guarantee in guarantees],
