@@ -103,8 +103,12 @@ def test_the_evaluation_is_a_table_a_picture_and_a_model_index(make_model: Model
 
 
 def windows(card: ModelCard) -> list[int]:
-    rows = card.text.partition("head       slope      window\n")[2].partition("\nall heads together")[0].splitlines()
-    return [int(row.split()[2].replace(",", "")) for row in rows]
+    rows = (
+        card.text.partition("head       slope       U      window\n")[2]
+        .partition("\nall heads together")[0]
+        .splitlines()
+    )
+    return [int(row.split()[3].replace(",", "")) for row in rows]
 
 
 @torch.no_grad()

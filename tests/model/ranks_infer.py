@@ -36,6 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "mlp_gated": True,
     },
+    "gains of channels": {"qk_norm_gain": "channel"},
     "dynamic slopes": {"alibi_scaling": {"type": "dynamic"}, "training_length": 16},
 }
 INPUT_IDS = torch.arange(3, 403)[None] % 97
@@ -104,6 +105,9 @@ def main() -> None:
     for name, fields in MODELS.items():
         torch.manual_seed(0)
         one = AlibiGPTForCausalLM(AlibiGPTConfig(**SHAPE | {"initializer_range": 0.2} | fields)).eval()
+        for layer in one.model.layers:
+            # A new model has the same gain in every head.
+            layer.self_attn.q_norm.weight.uniform_(0.5, 2)
         if dist.get_rank() == 0:
             one.save_pretrained(folder / name)
         dist.barrier()

@@ -1,14 +1,15 @@
 """Checkpoints of earlier releases stay loadable.
 
-The policy: a config has no version. A field, once released, keeps its name, its meaning and its default; new fields
-come with defaults that compute what was computed before. So a config without them means the same for ever. A change
+The policy: a field, once released, keeps its name, its meaning and its default. New fields come with defaults that
+compute what was computed before, at least for a saved config. So a saved config without them means the same for ever. A change
 that cannot be made like this is another architecture, with a ``model_type`` of its own. In the other direction, the
 code that travels with a checkpoint is always of the release that saved it.
 
 ``fixtures/first-release`` was saved by release 0.1.0 and is never saved again: two models that between them take every
 choice of the config, and in ``expected.safetensors`` tokens with the last logits and the greedy continuation that the
 release computed from them. A release that adds choices adds a folder: ``second-release`` has ``mlp_gated``,
-``clip_qkv``, ``use_parallel_residual``, ``alibi_scaling`` and ``training_length`` by that name.
+``clip_qkv``, ``use_parallel_residual``, ``alibi_scaling`` and ``training_length`` by that name, and ``third-release``
+has ``qk_norm_gain``.
 """
 
 import json
@@ -24,7 +25,13 @@ from hf_alibi import AlibiGPTConfig
 from hf_alibi.hub.checkpoints import load_causal_lm
 
 FOLDER = Path(__file__).parents[1] / "fixtures"
-CHECKPOINTS = ["first-release/qk-norm", "first-release/layer-norm", "second-release/gated", "second-release/dynamic"]
+CHECKPOINTS = [
+    "first-release/qk-norm",
+    "first-release/layer-norm",
+    "second-release/gated",
+    "second-release/dynamic",
+    "third-release/head-gains",
+]
 
 
 @torch.no_grad()
@@ -39,6 +46,23 @@ def test_a_checkpoint_of_an_earlier_release_computes_what_it_did(name: str) -> N
     sequence = model.generate(input_ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
     assert torch.equal(sequence[:, input_ids.shape[1] :], expected["continuation"])
     assert torch.equal(tokenizer("the quick brown fox", return_tensors="pt")["input_ids"], expected["tokens"])
+
+
+def test_a_config_without_gains_is_of_an_earlier_release(tmp_path: Path) -> None:
+    """However it is read. A new config has another default."""
+    assert AlibiGPTConfig().qk_norm_gain == "head"
+    path = FOLDER / "first-release/qk-norm/config.json"
+    fields = json.loads(path.read_text())
+    assert "qk_norm_gain" not in fields
+    configs = [
+        AlibiGPTConfig.from_pretrained(path.parent),
+        AlibiGPTConfig.from_json_file(path),
+        AlibiGPTConfig.from_dict(fields),
+        AlibiGPTConfig(**fields),
+    ]
+    configs[0].save_pretrained(tmp_path)
+    configs.append(AlibiGPTConfig.from_pretrained(tmp_path))
+    assert [config.qk_norm_gain for config in configs] == ["channel"] * 5
 
 
 def test_every_field_of_the_config_is_in_a_checkpoint() -> None:

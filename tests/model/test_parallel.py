@@ -111,7 +111,10 @@ def test_two_ranks_have_the_biases_of_their_heads(config_class: type[AlibiGPTCon
     torch.manual_seed(0)
     shape: dict[str, Any] = {"vocab_size": 97, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6}
     config = config_class(initializer_range=0.2, num_key_value_heads=2, **shape)
-    check_two_ranks(AutoModelForCausalLM.from_config(config).eval(), tmp_path)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for layer in model.model.layers:
+        torch.nn.init.uniform_(layer.self_attn.q_norm.weight, 0.5, 2)
+    check_two_ranks(model, tmp_path)
 
 
 def check_two_ranks(model: AlibiGPTForCausalLM, tmp_path: Path) -> None:
