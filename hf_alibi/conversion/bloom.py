@@ -107,6 +107,8 @@ def write(config: AlibiGPTConfig, ours: Fields) -> Plan:
         "window_tolerance": min(config.window_tolerance, LOSSLESS),
     }
     ours.trained_with("a BLOOM", wanted)
+    # Without QK-norm it means nothing.
+    ours.value("qk_norm_gain")
     for name in ("attention_bias", "mlp_bias", "norm_bias"):
         # A missing bias becomes zero.
         ours.flag(name)

@@ -131,6 +131,8 @@ def write(config: AlibiGPTConfig, ours: Fields) -> tuple[Architecture, Plan]:
     ours.common(("AlibiGPTForCausalLM",))
     for name in _computed(architecture, config):
         ours.value(name)
+    # Without QK-norm it means nothing.
+    ours.value("qk_norm_gain")
     # The weights in the file say this.
     for name in ("attention_bias", "mlp_bias", "norm_bias", "tie_word_embeddings"):
         ours.flag(name)

@@ -276,6 +276,8 @@ def write(config: AlibiGPTConfig, ours: Fields) -> Plan:
         "window_tolerance": min(config.window_tolerance, LOSSLESS),
     }
     ours.trained_with("Transformers' MPT", wanted)
+    # Without QK-norm it means nothing.
+    ours.value("qk_norm_gain")
     ours.only("attention_dropout", 0, reason="the config of Transformers' MPT only accepts whole numbers")
     attention = {"clip_qkv": ours.number("clip_qkv", default=None), "alibi": True}
     fields |= {

@@ -1,9 +1,8 @@
 """Checkpoints of earlier releases stay loadable.
 
-The policy: a field, once released, keeps its name, its meaning and its default. New fields come with defaults that
-compute what was computed before, at least for a saved config. So a saved config without them means the same for ever. A change
-that cannot be made like this is another architecture, with a ``model_type`` of its own. In the other direction, the
-code that travels with a checkpoint is always of the release that saved it.
+The policy: a field, once released, keeps its name, its meaning and its default. A saved config without a new field
+computes what it did before. A change that cannot be made like this is another architecture, with a ``model_type`` of
+its own. In the other direction, the code that travels with a checkpoint is always of the release that saved it.
 
 ``fixtures/first-release`` was saved by release 0.1.0 and is never saved again: two models that between them take every
 choice of the config, and in ``expected.safetensors`` tokens with the last logits and the greedy continuation that the
