@@ -114,6 +114,8 @@ HELD = {
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "training_length", "norm_eps",
     "hidden_dropout", "initializer_range", "use_cache", "tie_word_embeddings", "pad_token_id",
     "bos_token_id", "eos_token_id",
+    # Without QK-norm it means nothing.
+    "qk_norm_gain",
 }  # fmt: skip
 
 
