@@ -15,6 +15,7 @@ tokens_per_step = 64
 lengths = [16]
 seeds = [0]
 methods = ["alibi", "sinusoidal"]
+at_all_lengths = []
 evaluations = 2
 evaluation_tokens = 128
 

@@ -74,6 +74,13 @@ def test_runs_come_in_the_order_of_their_questions(tmp_path: Path) -> None:
     ]
 
 
+def test_only_some_methods_train_at_twice_the_length(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, lengths="[16, 32]", at_all_lengths='["alibi"]')
+    assert [run.name for run in all_runs(plan)] == ["alibi-L16-s0", "sinusoidal-L16-s0", "alibi-L32-s0"]
+    with pytest.raises(UserError, match="at_all_lengths has 'rotary', which is not one of methods"):
+        plan_of(tmp_path, at_all_lengths='["rotary"]')
+
+
 def test_variants_change_the_model(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, EVERYTHING)
     found = {run.name: settings(run, plan, {})["config"] for run in all_runs(plan)}

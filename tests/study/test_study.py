@@ -1,6 +1,7 @@
 """`hf_alibi study`: a plan of seconds runs, goes on after a kill, and gives the same tables and plots every time."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -100,6 +101,19 @@ def test_a_run_that_was_killed_after_training_is_only_tested_again(study: Study)
         assert again["tests"]["words"][length]["sliding"] == pytest.approx(result["sliding"], rel=1e-6)
 
 
+def test_two_runs_at_a_time_share_the_cores_and_find_the_same(study: Study, tmp_path: Path) -> None:
+    plan, _, _, *text = study[0]
+    main([plan, "--output_dir", str(tmp_path), *text, "--jobs", "2"])
+    for name in ("alibi-L16-s0", "sinusoidal-L16-s0"):
+        one, both = record(study, name), record((study[0], tmp_path / "tiny"), name)
+        assert both["environment"]["threads"] == max(1, (os.cpu_count() or 1) // 2)
+        assert both["settings"] == one["settings"]
+        for (step, loss), (same_step, other) in zip(
+            one["training"]["evaluations"], both["training"]["evaluations"], strict=True
+        ):
+            assert (step, loss) == (same_step, pytest.approx(other, rel=1e-4))
+
+
 def test_another_plan_does_not_take_the_results_for_its_own(study: Study, tmp_path: Path) -> None:
     changed = write_plan(tmp_path, tokens_per_step="128")
     with pytest.raises(
@@ -145,7 +159,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_made(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_the_plan_of_minutes_compares_all_methods(tmp_path: Path) -> None:
-    main(["minutes", "--output_dir", str(tmp_path)])
+    main(["minutes", "--jobs", "2", "--output_dir", str(tmp_path)])
     tables = (tmp_path / "minutes" / "tables.md").read_text()
     for method in METHODS.values():
         assert f"| {method.label} | 64 | 1 | 199,680 |" in tables
