@@ -214,8 +214,10 @@ def check(model_args: ModelArguments, data_args: DataArguments, training_args: T
         raise UserError(f"--label_names: the labels are called labels here, not {training_args.label_names}")
     if training_args.dataloader_persistent_workers and not training_args.dataloader_num_workers:
         raise UserError("--dataloader_persistent_workers needs --dataloader_num_workers")
-    if training_args.use_liger_kernel and find_spec("liger_kernel") is None:
-        raise UserError("--use_liger_kernel needs the package: pip install liger-kernel")
+    if training_args.use_liger_kernel and training_args.label_smoothing_factor:
+        raise UserError("--label_smoothing_factor needs logits, which --use_liger_kernel avoids: leave one out")
+    if training_args.use_liger_kernel and (find_spec("liger_kernel") is None or training_args.device.type == "cpu"):
+        raise UserError("--use_liger_kernel needs a GPU, and the package: pip install liger-kernel")
     if isinstance(training_args.lr_scheduler_kwargs, str):
         raise UserError(f"--lr_scheduler_kwargs must be a JSON object, got {training_args.lr_scheduler_kwargs!r}")
     if training_args.torch_compile:

@@ -19,6 +19,7 @@ HARMLESS = {
     "output_router_logits",
     "return_dict",
     "return_loss",
+    "skip_logits",
     # They belong to the loss, which the heads compute.
     "ignore_index",
     "num_items_in_batch",

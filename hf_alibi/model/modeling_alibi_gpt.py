@@ -25,6 +25,7 @@ from .growing import GrowingCache
 from .heads import QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead
 from .layers import AlibiGPTAttention, AlibiGPTDecoderLayer, SealedLayout
 from .layout import TokenLayout, token_layout
+from .liger import register_with_liger
 from .norms import make_norm
 from .outputs import as_asked, is_asked, selected_states
 from .paged import PagedCache, is_paged, paged_layout
@@ -287,9 +288,12 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, AlibiGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # annotated too narrowly
+    # A loss from hidden states, see `liger.py`.
+    fused_loss: Callable[..., Tensor] | None = None
 
     def __init__(self, config: AlibiGPTConfig) -> None:
         super().__init__(config)
+        register_with_liger(config.model_type)
         # Transformers would derive it from the class name, which a subclass may change.
         self.loss_type = "ForCausalLM"
         self.model = self.decoder_class(config)
@@ -319,7 +323,7 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, AlibiGenerationMixin):
 
         Returns:
             The logits `[batch, kept, vocab_size]`, the cache, and with `labels` the mean loss in nats per scored
-            token.
+            token. A fused loss makes no logits: by default in training only, otherwise as `skip_logits` says.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -333,10 +337,14 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, AlibiGenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        hidden_states = outputs.last_hidden_state[:, kept]
+        logits, loss = None, None
+        if self.fused_loss is not None and labels is not None and kwargs.get("skip_logits", self.training):
+            loss = self.fused_loss(self.lm_head, hidden_states, labels, **kwargs)
+        else:
+            logits = self.lm_head(hidden_states)
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         outputs = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
