@@ -4,6 +4,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -17,6 +18,7 @@ from .model.configuration_alibi_gpt import AlibiGPTConfig
 from .model.growing import GrowingCache
 from .model.modeling_alibi_gpt import (
     AlibiGPTForCausalLM,
+    AlibiGPTForMultipleChoice,
     AlibiGPTForQuestionAnswering,
     AlibiGPTForSequenceClassification,
     AlibiGPTForTokenClassification,
@@ -33,11 +35,13 @@ AutoModel.register(AlibiGPTConfig, AlibiGPTModel)
 AutoModelForCausalLM.register(AlibiGPTConfig, AlibiGPTForCausalLM)
 AutoModelForSequenceClassification.register(AlibiGPTConfig, AlibiGPTForSequenceClassification)
 AutoModelForTokenClassification.register(AlibiGPTConfig, AlibiGPTForTokenClassification)
+AutoModelForMultipleChoice.register(AlibiGPTConfig, AlibiGPTForMultipleChoice)
 AutoModelForQuestionAnswering.register(AlibiGPTConfig, AlibiGPTForQuestionAnswering)
 
 __all__ = [
     "AlibiGPTConfig",
     "AlibiGPTForCausalLM",
+    "AlibiGPTForMultipleChoice",
     "AlibiGPTForQuestionAnswering",
     "AlibiGPTForSequenceClassification",
     "AlibiGPTForTokenClassification",

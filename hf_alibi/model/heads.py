@@ -1,8 +1,9 @@
-"""Heads that classify a text or its tokens, or find the answer to a question in it.
+"""Heads that classify a text or its tokens, choose among texts, or find the answer to a question in a text.
 
 They are identical to Transformers' generic heads, with the same parameters, arguments and outputs, except:
 
 - A text is classified from its last token by the attention mask. Without a mask, all tokens but padding tokens count.
+- A choice among texts, for which there is no generic head, has the arguments and outputs of `BertForMultipleChoice`.
 - Losses use Trainer's `num_items_in_batch`, for every `problem_type`. So accumulating gradients over small batches,
   or over processes, gives the loss and the gradients of one large batch.
 - A row with several documents raises an error if the row has one label.
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import (
+    MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
@@ -24,7 +26,6 @@ from transformers.modeling_outputs import (
 
 from .cache_names import CACHE_NAME, only_cache
 from .outputs import as_asked
-from .recording import has_values
 
 IGNORED_LABEL = -100
 
@@ -69,27 +70,16 @@ class SequenceClassificationHead:
             ValueError: If the last token of a row is ambiguous: with several documents in a row, with a
                 four-dimensional mask, or in a batch with neither a mask nor a `pad_token_id`.
         """
-        _refuse_divided_rows(kwargs)
-        past_key_values = only_cache(past_key_values, cache)
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        outputs = self.model(  # type: ignore[attr-defined]
+        outputs, logits = scores_of_texts(
+            self,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=only_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            return_dict=True,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        if attention_mask is None:
-            is_text = _not_padding(input_ids, hidden_states, self.config.pad_token_id)  # type: ignore[attr-defined]
-        else:
-            is_text = _shown(attention_mask, past, hidden_states)
-        _refuse_packed_rows(is_text, attention_mask, position_ids, **kwargs)
-        rows = torch.arange(is_text.shape[0], device=hidden_states.device)
-        logits = self.score(hidden_states[rows, last_positions(is_text)])
         loss = None
         if labels is not None:
             config = self.config  # type: ignore[attr-defined]
@@ -100,6 +90,62 @@ class SequenceClassificationHead:
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
+        )
+        return as_asked(outputs, return_dict, self.config)  # type: ignore[attr-defined]
+
+
+class MultipleChoiceHead:
+    """A linear layer that scores each of several texts from its last token, to choose one."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.score = nn.Linear(config.hidden_size, 1, bias=False)
+        self.loss_function = class_loss
+        self.post_init()  # type: ignore[attr-defined]
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> MultipleChoiceModelOutput:
+        """Computes a score for each choice. The other arguments are those of the decoder.
+
+        Args:
+            input_ids: `[batch, choices, tokens]`. The other arguments have these dimensions, too.
+            attention_mask: 0 for padding on any side. Without a mask as in `SequenceClassificationHead.forward`.
+            labels: `[batch]`, the right choice, counted from 0. -100 is not scored.
+
+        Returns:
+            The logits `[batch, choices]` and, with `labels`, the mean loss. Hidden states and attention weights have
+            one row for each choice.
+
+        Raises:
+            ValueError: If there is no dimension of choices, or as in `SequenceClassificationHead.forward`.
+        """
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None or given.dim() != (4 if input_ids is None else 3):
+            shape = None if given is None else tuple(given.shape)
+            raise ValueError(
+                f"The texts have the shape {shape}; give input_ids of [batch, choices, tokens], or inputs_embeds of "
+                "[batch, choices, tokens, hidden_size]."
+            )
+        texts = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        rows = {name: _one_row_each(value) for name, value in (texts | {"use_cache": False} | kwargs).items()}
+        outputs, logits = scores_of_texts(self, **rows)
+        logits = logits.view(given.shape[:2])
+        loss = None if labels is None else self.loss_function(logits, labels, **kwargs)
+        outputs = MultipleChoiceModelOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
         return as_asked(outputs, return_dict, self.config)  # type: ignore[attr-defined]
 
@@ -217,6 +263,53 @@ class QuestionAnsweringHead:
         return as_asked(outputs, return_dict, self.config)  # type: ignore[attr-defined]
 
 
+def scores_of_texts(
+    model: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    past_key_values: Cache | None = None,
+    **kwargs: Any,
+) -> tuple[Any, Tensor]:
+    """Runs the decoder of a model, and its layer `score` on the last token of each text.
+
+    Returns:
+        The decoder's outputs, and the scores `[batch, num_labels]`.
+    """
+    _refuse_divided_rows(kwargs)
+    past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+    outputs = model.model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        return_dict=True,
+        one_document=True,
+        **kwargs,
+    )
+    hidden_states = outputs.last_hidden_state
+    if attention_mask is None:
+        is_text = _not_padding(input_ids, hidden_states, model.config.pad_token_id)
+    else:
+        is_text = _shown(attention_mask, past, hidden_states)
+    rows = torch.arange(is_text.shape[0], device=hidden_states.device)
+    return outputs, model.score(hidden_states[rows, last_positions(is_text)])
+
+
+def class_loss(
+    logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **kwargs: Any
+) -> Tensor:
+    """Returns the mean loss of the right classes, or the batch's share of the mean over several batches.
+
+    Args:
+        logits: `[batch, classes]`.
+        labels: `[batch]` or `[batch, 1]`. A class of -100 is not scored.
+        num_items_in_batch: As in `sequence_classification_loss`.
+    """
+    labels = labels.flatten().to(logits.device)
+    total = (labels != IGNORED_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
+    total = torch.as_tensor(total, device=logits.device)
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum") / total
+
+
 def sequence_classification_loss(
     labels: Tensor, pooled_logits: Tensor, config: Any, num_items_in_batch: Tensor | int | None = None, **kwargs: Any
 ) -> Tensor:
@@ -239,16 +332,15 @@ def sequence_classification_loss(
         many = "single_label_classification" if is_class else "multi_label_classification"
         config.problem_type = "regression" if config.num_labels == 1 else many
     logits, labels = pooled_logits.float(), labels.to(pooled_logits.device)
-    counted = (labels != IGNORED_LABEL).sum()
     _require_shape(labels, logits.shape[0], config)
-    total = counted if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=logits.device)
     if config.problem_type == "single_label_classification":
-        return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum") / total
+        return class_loss(logits, labels, num_items_in_batch)
     targets = labels.float().view_as(logits)
     mean = F.mse_loss if config.problem_type == "regression" else F.binary_cross_entropy_with_logits
     # Trainer's count leaves out labels of -100, even if they are numbers to predict. The share of this batch must be
     # counted in the same way.
-    share = 1 if num_items_in_batch is None else counted / total
+    counted = (labels != IGNORED_LABEL).sum()
+    share = 1 if num_items_in_batch is None else counted / torch.as_tensor(num_items_in_batch, device=logits.device)
     return mean(logits, targets) * share
 
 
@@ -296,38 +388,12 @@ def _not_padding(input_ids: Tensor | None, hidden_states: Tensor, pad_token_id: 
     return input_ids.to(hidden_states.device) != pad_token_id
 
 
+def _one_row_each(value: Any) -> Any:
+    """Returns a tensor `[batch, choices, ...]` with a row for each choice. Other values stay as they are."""
+    return value.flatten(0, 1) if isinstance(value, Tensor) and value.dim() > 2 else value
+
+
 def _refuse_divided_rows(arguments: dict[str, Any]) -> None:
     """Raises `ValueError` for rows that are divided among ranks, in which labels have other places."""
     if arguments.get("context_shard") is not None:
         raise ValueError("Context parallelism is for language models; train this model without it.")
-
-
-def _refuse_packed_rows(
-    is_text: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    cu_seq_lens_q: Tensor | None = None,
-    cu_seq_lens_k: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    **kwargs: Any,
-) -> None:
-    """Raises `ValueError` if a row holds several documents, which one label cannot describe."""
-    if not has_values(is_text):
-        return
-    packed = {
-        "attention_mask": attention_mask is not None and bool((attention_mask > 1).any()),
-        "position_ids": position_ids is not None and _restarts(position_ids.to(is_text.device), is_text),
-        "cu_seq_lens_q": cu_seq_lens_q is not None and cu_seq_lens_q.numel() > 2,
-        "cu_seq_lens_k": cu_seq_lens_k is not None and cu_seq_lens_k.numel() > 2,
-        "seq_idx": seq_idx is not None and bool((seq_idx != seq_idx[..., :1]).any()),
-    }
-    if any(packed.values()):
-        names = " and ".join(name for name, is_packed in packed.items() if is_packed)
-        raise ValueError(
-            f"A row with one label contains several documents ({names}): give each document a row of its own."
-        )
-
-
-def _restarts(position_ids: Tensor, is_text: Tensor) -> bool:
-    """Whether, in any row, a position does not exceed that of the token before it."""
-    return bool(((position_ids.diff(dim=-1) <= 0) & is_text[:, 1:] & is_text[:, :-1]).any())

@@ -116,6 +116,19 @@ class TokenLayout(NamedTuple):
         (first_query, last_query), (first_key, last_key) = self.queries.aminmax(), self.keys.aminmax()
         return int(torch.maximum(last_query - first_key, last_key - first_query)) + 1
 
+    def is_one_document(self) -> bool:
+        """Whether every row is one document."""
+        return self.first is None or bool((self.first <= 0).all())
+
+    def check_one_document(self) -> None:
+        """Checks that every row is one document, as far as values are known.
+
+        Raises:
+            ValueError: If a row has several.
+        """
+        if has_values(self.queries) and not self.is_one_document():
+            raise ValueError("A row with one label contains several documents: give each document a row of its own.")
+
     def clear_from(self) -> int:
         """Returns the index of the first key from which on only the future is hidden."""
         if self.shared.clear_from is None:
@@ -317,10 +330,9 @@ def _simplified(layout: TokenLayout, batch: int, past: int, length: int) -> Toke
         past: Number of cached tokens.
         length: Number of cached and new tokens.
     """
-    key_mask, first = layout.key_mask, layout.first
+    key_mask = layout.key_mask
     no_padding = key_mask is None or bool(key_mask[:, :length].all())
-    one_document = first is None or bool((first <= 0).all())
-    if no_padding and one_document:
+    if no_padding and layout.is_one_document():
         return layout._replace(length=length)
     # For few queries with a cache, one call with a mask is faster than many runs.
     if past > 0 and layout.queries.shape[1] < QUERY_BLOCK:

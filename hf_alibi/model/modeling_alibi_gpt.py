@@ -22,7 +22,7 @@ from .decoder_windows import check_own_cache, new_cache, window_guarantees, wind
 from .documents import Packing
 from .generation import AlibiGenerationMixin
 from .growing import GrowingCache
-from .heads import QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead
+from .heads import MultipleChoiceHead, QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead
 from .layers import AlibiGPTAttention, AlibiGPTDecoderLayer, SealedLayout
 from .layout import TokenLayout, token_layout
 from .liger import register_with_liger
@@ -93,9 +93,9 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
                 `paged_layout`.
             return_dict: Whether to return an output object, not a tuple; `None` for the config's value.
             kwargs: `context_shard`, this rank's part of the rows (`hf_alibi.training.ContextParallel` makes it);
-                `seq_idx`, `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k`, which describe
-                documents (`documents.py`), and `output_hidden_states` and `output_attentions`, which override the
-                config.
+                `one_document`, whether a row with several documents raises an error; `seq_idx`, `cu_seq_lens_q`,
+                `cu_seq_lens_k`, `max_length_q` and `max_length_k`, which describe documents (`documents.py`); and
+                `output_hidden_states` and `output_attentions`, which override the config.
 
         Returns:
             The hidden states `[batch, queries, hidden_size]` after the last norm, and the cache.
@@ -109,7 +109,7 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         refuse_torch_context_parallel()
         kwargs, stage_start = whole_kwargs(kwargs), first_layer(self.layers)
-        shard = kwargs.pop("context_shard", None)
+        shard, one_document = kwargs.pop("context_shard", None), kwargs.pop("one_document", False)
         past_key_values = only_cache(past_key_values, cache)
         if past_key_values is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             raise ValueError(
@@ -145,6 +145,8 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
                 if shard is None
                 else shard.whole_layout(slopes)
             )
+        if one_document:
+            layout.check_one_document()
         layout = self.with_bias(layout)
         if not self.has_linear_bias:
             check_any_bias(self.config._attn_implementation)
@@ -369,6 +371,12 @@ class AlibiGPTForSequenceClassification(SequenceClassificationHead, AlibiGPTWith
     _table_of_names = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
 
 
+class AlibiGPTForMultipleChoice(MultipleChoiceHead, AlibiGPTWithHead):
+    """The decoder and a linear layer that scores each of several texts from its last token, to choose one."""
+
+    _table_of_names = "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES"
+
+
 class AlibiGPTForTokenClassification(TokenClassificationHead, AlibiGPTWithHead):
     """The decoder and a linear layer that classifies every token."""
 
@@ -383,6 +391,7 @@ class AlibiGPTForQuestionAnswering(QuestionAnsweringHead, AlibiGPTWithHead):
 
 __all__ = [
     "AlibiGPTForCausalLM",
+    "AlibiGPTForMultipleChoice",
     "AlibiGPTForQuestionAnswering",
     "AlibiGPTForSequenceClassification",
     "AlibiGPTForTokenClassification",

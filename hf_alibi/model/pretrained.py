@@ -34,6 +34,7 @@ class AlibiGPTPreTrainedModel(UploadsCode, PreTrainedModel):
     _auto_map = AlibiGPTConfig._auto_map | {
         "AutoModel": "modeling_alibi_gpt.AlibiGPTModel",
         "AutoModelForCausalLM": "modeling_alibi_gpt.AlibiGPTForCausalLM",
+        "AutoModelForMultipleChoice": "modeling_alibi_gpt.AlibiGPTForMultipleChoice",
         "AutoModelForQuestionAnswering": "modeling_alibi_gpt.AlibiGPTForQuestionAnswering",
         "AutoModelForSequenceClassification": "modeling_alibi_gpt.AlibiGPTForSequenceClassification",
         "AutoModelForTokenClassification": "modeling_alibi_gpt.AlibiGPTForTokenClassification",

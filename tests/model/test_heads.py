@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from conftest import ModelFactory
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForSequenceClassification, DynamicCache
+from transformers import AutoModelForMultipleChoice, AutoModelForSequenceClassification, DynamicCache
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 
 from hf_alibi import (
     AlibiGPTConfig,
+    AlibiGPTForMultipleChoice,
     AlibiGPTForQuestionAnswering,
     AlibiGPTForSequenceClassification,
     AlibiGPTForTokenClassification,
@@ -30,6 +31,12 @@ def classifier(make_model: ModelFactory, **values: Any) -> AlibiGPTForSequenceCl
     config = make_model(**({"num_labels": 3, "pad_token_id": END, "eos_token_id": END} | values)).config
     torch.manual_seed(1)
     return AlibiGPTForSequenceClassification(config).eval()
+
+
+def chooser(make_model: ModelFactory, **values: Any) -> AlibiGPTForMultipleChoice:
+    config = make_model(**({"pad_token_id": END, "eos_token_id": END} | values)).config
+    torch.manual_seed(1)
+    return AlibiGPTForMultipleChoice(config).eval()
 
 
 def texts() -> list[Tensor]:
@@ -70,6 +77,43 @@ def test_the_last_token_that_the_mask_shows_stands_for_a_text(
 
 
 @torch.no_grad()
+@each_backend
+@pytest.mark.parametrize("padding", ["left", "right", "mixed"])
+def test_a_choice_has_the_scores_of_its_texts_alone(make_model: ModelFactory, backend: str, padding: str) -> None:
+    model = chooser(make_model)
+    model.set_attn_implementation(backend)
+    scores = [model.score(model.model(text[None]).last_hidden_state[0, -1]) for text in texts()]
+    expected = torch.cat(scores).view(2, 2)
+    tolerance = {"rtol": 0, "atol": 1e-5 * expected.abs().max().item()}
+    ids, mask = (states.view(2, 2, -1) for states in batch(padding))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    labels = torch.tensor([1, 0])
+    for inputs in (
+        {"input_ids": ids},
+        {"input_ids": ids, "position_ids": positions, "token_type_ids": torch.zeros_like(ids)},
+        {"inputs_embeds": model.get_input_embeddings()(ids)},
+    ):
+        output = model(**inputs, attention_mask=mask, labels=labels)
+        torch.testing.assert_close(output.logits, expected, **tolerance)
+        torch.testing.assert_close(output.loss, F.cross_entropy(expected, labels), **tolerance)
+    half = model(ids[:1], attention_mask=mask[:1], labels=labels[:1], num_items_in_batch=2).loss
+    torch.testing.assert_close(half, F.cross_entropy(expected[:1], labels[:1]) / 2, **tolerance)
+    ignored = model(ids, attention_mask=mask, labels=torch.tensor([1, -100])).loss
+    torch.testing.assert_close(ignored, F.cross_entropy(expected[:1], labels[:1]), **tolerance)
+    if padding == "right":
+        model.config.pad_token_id = 96
+        padded = ids.masked_fill(mask == 0, 96)
+        torch.testing.assert_close(model(padded).logits, expected, **tolerance)
+
+
+def test_texts_without_choices_are_refused(make_model: ModelFactory) -> None:
+    model, ids = chooser(make_model), torch.arange(3, 9)[None]
+    for inputs in ({"input_ids": ids}, {"inputs_embeds": torch.zeros(1, 6, 96)}, {}):
+        with pytest.raises(ValueError, match=r"have the shape .*; give input_ids of \[batch, choices, tokens\], or"):
+            model(**inputs)
+
+
+@torch.no_grad()
 def test_without_a_mask_the_padding_token_decides(make_model: ModelFactory) -> None:
     model = classifier(make_model, pad_token_id=96)
     ids = torch.tensor([[5, 6, 7, 8], [5, 6, 96, 96]])
@@ -102,12 +146,43 @@ PACKED: dict[str, dict[str, Any]] = {
     "cu_seq_lens_q": {"cu_seq_lens_q": torch.tensor([0, 2, 6]), "cu_seq_lens_k": torch.tensor([0, 2, 6])},
     "seq_idx": {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]])},
 }
+ONE_EACH: dict[str, dict[str, Any]] = {
+    "position_ids": {"position_ids": torch.arange(6).repeat(2, 1)},
+    "attention_mask": {"attention_mask": torch.tensor([[7], [3]]).repeat(1, 6)},
+    "cu_seq_lens_q": {"cu_seq_lens_q": torch.tensor([0, 6, 12]), "cu_seq_lens_k": torch.tensor([0, 6, 12])},
+    "seq_idx": {"seq_idx": torch.tensor([[4], [5]]).repeat(1, 6)},
+}
 
 
 @pytest.mark.parametrize("name", PACKED)
 def test_several_documents_in_a_row_are_refused(make_model: ModelFactory, name: str) -> None:
-    with pytest.raises(ValueError, match=rf"contains several documents \({name.split()[0]}.*a row of its own"):
-        classifier(make_model)(torch.arange(3, 9)[None], **PACKED[name])
+    ids, packed = torch.arange(3, 9)[None], PACKED[name]
+    with pytest.raises(ValueError, match=r"contains several documents: give each .* a row of its own"):
+        classifier(make_model)(ids, **packed)
+    packed = {name: value[None] if value.dim() == 2 else value for name, value in packed.items()}
+    with pytest.raises(ValueError, match=r"contains several documents: give each .* a row of its own"):
+        chooser(make_model)(ids[None], **packed)
+
+
+@torch.no_grad()
+def test_a_document_that_follows_a_cached_one_is_refused(make_model: ModelFactory) -> None:
+    model, cache = classifier(make_model), DynamicCache()
+    ids = torch.arange(3, 9)[None]
+    model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="contains several documents"):
+        model(ids, past_key_values=cache, position_ids=torch.arange(6)[None])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_one_document_in_each_row_may_be_described(make_model: ModelFactory, name: str) -> None:
+    model, ids = classifier(make_model), torch.arange(3, 15).view(2, 6)
+    mask = torch.ones_like(ids)
+    described = {"attention_mask": mask} | ONE_EACH[name]
+    expected = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(
+        model(ids, **described).logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item()
+    )
 
 
 def test_a_mask_of_four_dimensions_tells_no_last_token(make_model: ModelFactory) -> None:
@@ -193,6 +268,7 @@ def test_parameters_are_those_of_the_generic_heads(make_model: ModelFactory, tmp
     decoder = {f"model.{name}" for name in make_model().model.state_dict()}
     for head, names in (
         (AlibiGPTForSequenceClassification, {"score.weight"}),
+        (AlibiGPTForMultipleChoice, {"score.weight"}),
         (AlibiGPTForTokenClassification, {"score.weight", "score.bias"}),
         (AlibiGPTForQuestionAnswering, {"qa_outputs.weight", "qa_outputs.bias"}),
     ):
@@ -203,6 +279,13 @@ def test_parameters_are_those_of_the_generic_heads(make_model: ModelFactory, tmp
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     ids, mask = batch("left")
     assert torch.equal(loaded(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
+    choices = chooser(make_model)
+    choices.save_pretrained(tmp_path)
+    same = AutoModelForMultipleChoice.from_pretrained(tmp_path).eval()
+    assert type(same) is AlibiGPTForMultipleChoice
+    assert torch.equal(
+        same(ids[None], attention_mask=mask[None]).logits, choices(ids[None], attention_mask=mask[None]).logits
+    )
 
 
 def test_a_classifier_trains_with_activation_checkpointing(make_model: ModelFactory) -> None:

@@ -26,8 +26,14 @@ HEADS = {
     "AutoModelForCausalLM": "logits",
     "AutoModelForSequenceClassification": "logits",
     "AutoModelForTokenClassification": "logits",
+    "AutoModelForMultipleChoice": "logits",
     "AutoModelForQuestionAnswering": "start_logits",
 }
+
+
+def input_ids_of(auto_class: str) -> list:
+    """Returns `INPUT_IDS`, as two choices where the class chooses."""
+    return [INPUT_IDS] if auto_class == "AutoModelForMultipleChoice" else INPUT_IDS
 
 
 def new_model(auto_class: str, **values: object) -> transformers.PreTrainedModel:
@@ -64,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """The outputs of the saved models in a new process without this package."""
-    requests = {name: Request(str(folder / name), INPUT_IDS, auto_class=name) for name in HEADS}
+    requests = {name: Request(str(folder / name), input_ids_of(name), auto_class=name) for name in HEADS}
     requests["AutoModelForCausalLM"].caches = ["dynamic", "static"]
     requests["windows"] = Request(str(folder / "windows"), LONG_INPUT_IDS)
     requests |= {name: Request(str(folder / name), INPUT_IDS) for name in ("many files", "rotary")}
@@ -79,7 +85,7 @@ def close(actual: Tensor, expected: Tensor) -> bool:
 @pytest.mark.parametrize("auto_class", HEADS)
 def test_every_auto_class_loads_without_the_package(found: dict[str, Tensor], auto_class: str) -> None:
     with torch.no_grad():
-        expected = new_model(auto_class)(torch.tensor(INPUT_IDS))[HEADS[auto_class]]
+        expected = new_model(auto_class)(torch.tensor(input_ids_of(auto_class)))[HEADS[auto_class]]
     assert found[f"{auto_class} is remote"]
     assert close(found[f"{auto_class} {HEADS[auto_class]}"], expected)
 

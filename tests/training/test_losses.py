@@ -15,11 +15,19 @@ import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
 from tiny import VOCAB_SIZE, tiny_tokenizer
 from torch import Tensor, nn
-from transformers import DataCollatorForTokenClassification, PreTrainedModel, Trainer, TrainingArguments, pipeline
+from transformers import (
+    DataCollatorForMultipleChoice,
+    DataCollatorForTokenClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 from hf_alibi import (
     AlibiGPTConfig,
     AlibiGPTForCausalLM,
+    AlibiGPTForMultipleChoice,
     AlibiGPTForQuestionAnswering,
     AlibiGPTForSequenceClassification,
     AlibiGPTForTokenClassification,
@@ -89,6 +97,20 @@ def padded_texts(rows: Rows) -> dict[str, Tensor]:
     return dict(tiny_tokenizer().pad([dict(row) for row in rows], return_tensors="pt"))
 
 
+def choices() -> Rows:
+    """Three texts each, of which one is right. One row is not scored."""
+    rows = texts([0] * BATCH)
+    return [
+        {"input_ids": [row["input_ids"] for row in three], "labels": label}
+        for three, label in zip(zip(rows, rows[1:] + rows[:1], rows[2:] + rows[:2], strict=True),
+                                [0, 1, 2, 1, -100, 2, 2, 1], strict=True)
+    ]  # fmt: skip
+
+
+def padded_choices(rows: Rows) -> dict[str, Tensor]:
+    return dict(DataCollatorForMultipleChoice(tiny_tokenizer())(rows))
+
+
 def blocks() -> Rows:
     return [{"input_ids": random_ids(length, seed=length).tolist()} for length in LENGTHS]
 
@@ -118,6 +140,7 @@ TASKS: dict[str, tuple[Callable[[], PreTrainedModel], Rows, Any]] = {
     ),
     "tags": (model_of(AlibiGPTForTokenClassification, num_labels=3), tags(), padded_tags),
     "own tagger": (model_of(OwnTagger, num_labels=3), tags(), padded_tags),
+    "choices": (model_of(AlibiGPTForMultipleChoice), choices(), padded_choices),
     "answers": (model_of(AlibiGPTForQuestionAnswering), answers(), None),
 }
 
