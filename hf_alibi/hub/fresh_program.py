@@ -29,7 +29,8 @@ def outputs(request: dict[str, Any]) -> dict[str, Tensor]:
     if request["text"] is None:
         input_ids = torch.tensor(request["input_ids"])
     else:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, revision=revision)
+        # Without the last argument, Transformers asks on stdin about code that a tokenizer does not need.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, revision=revision, trust_remote_code=False)
         input_ids = tokenizer(request["text"], return_tensors="pt")["input_ids"]
     found = {name: value.contiguous() for name, value in model(input_ids, use_cache=False).items()}
     for cache in request["caches"]:

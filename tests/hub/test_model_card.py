@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from hf_alibi.cli import evaluate as evaluate_command
 from hf_alibi.errors import UserError
 from hf_alibi.evaluation.perplexity import Result
 from hf_alibi.evaluation.plots import Curve, plot_extrapolation
-from hf_alibi.hub.model_card import PLOT_NAME, CardArguments, model_card
+from hf_alibi.hub.model_card import PLOT_NAME, CardArguments, model_card, usage
 
 
 def result(length: int, stride: int, perplexity: float) -> Result:
@@ -100,6 +103,17 @@ def test_the_evaluation_is_a_table_a_picture_and_a_model_index(make_model: Model
     found = [(entry.dataset_name, entry.metric_type, entry.metric_value) for entry in card.data.eval_results or []]
     values = [("perplexity", 20.0), ("bits_per_byte", 2.0), ("perplexity", 18.5), ("bits_per_byte", 1.85)]
     assert found == [("some/text", *value) for value in values]
+
+
+def test_its_code_runs_without_the_package_and_asks_nothing(tiny_checkpoint: Path) -> None:
+    code = usage(str(tiny_checkpoint)).partition("```python\n")[2].partition("```")[0]
+    hidden = "import sys; sys.modules['hf_alibi'] = None\n"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", hidden + code], env=environment, input="", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Once upon a time")
 
 
 def windows(card: ModelCard) -> list[int]:
