@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
-from .errors import UserError, run
+from .errors import UserError, missing_package, run
 from .version import __version__
 
 
@@ -53,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] in ("", "hf_alibi"):
                 raise
-            extra = COMMANDS[command].extra
-            message = f"hf_alibi {command} needs the package {error.name}: pip install 'hf_alibi[{extra}]'"
-            raise UserError(message) from error
+            raise UserError(missing_package(f"hf_alibi {command}", COMMANDS[command].extra, error)) from error
         module.main(arguments)
 
 

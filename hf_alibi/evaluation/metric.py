@@ -10,13 +10,18 @@ It has a module of its own because it needs two more packages, `datasets` and `e
 
 from typing import Any
 
-import datasets
-import evaluate
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import UserError
+from ..errors import UserError, missing_package
 from .perplexity import bits_per_byte, encode_stream, token_nats
+
+try:
+    import datasets
+    import evaluate
+except ModuleNotFoundError as error:
+    message = missing_package("hf_alibi.evaluation.metric", "train", error)
+    raise ModuleNotFoundError(message, name=error.name) from error
 
 DESCRIPTION = "Perplexity of text under a causal language model, given as an object."
 INPUTS_DESCRIPTION = """

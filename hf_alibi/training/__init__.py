@@ -1,10 +1,12 @@
 """Data, tokenizer, packing, and training with Transformers' Trainer."""
 
+from ..errors import missing_package
+
 try:
+    import accelerate  # noqa: F401
     import datasets  # noqa: F401
 except ModuleNotFoundError as error:
-    message = "hf_alibi.training needs the package datasets: pip install 'hf_alibi[train]'"
-    raise ModuleNotFoundError(message, name=error.name) from error
+    raise ModuleNotFoundError(missing_package("hf_alibi.training", "train", error), name=error.name) from error
 
 from .context_parallel import ContextParallel
 from .data import load_file_corpus, load_hub_corpus, standard_library_corpus, train_tokenizer

@@ -1,5 +1,7 @@
 """The command `hf_alibi` itself: its help, its version, and how it starts."""
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,22 +46,63 @@ def test_unknown_options_end_in_a_line_that_names_them(command: str) -> None:
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize(("command", "package"), [("train", "datasets"), ("serve", "typer")])
-def test_a_missing_package_is_named_with_its_extra(
-    command: str, package: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in [name for name in sys.modules if name.startswith(("hf_alibi.cli", "hf_alibi.training"))]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, package, None)
-    extra = COMMANDS[command].extra
-    with pytest.raises(UserError, match=rf"needs the package {package}: pip install 'hf_alibi\[{extra}\]'"):
-        main([command])
+# Imports all modules and starts all commands without the package that is named. Prints the errors.
+WITHOUT = """
+import contextlib, importlib, io, json, pkgutil, sys
+sys.modules[sys.argv[1]] = None
+import hf_alibi
+from hf_alibi.__main__ import COMMANDS, main
+
+def message(action, name):
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            action()
+    except SystemExit:
+        pass
+    except Exception as error:
+        return {name: f"{type(error).__name__}: {error}"}
+    return {}
+
+errors = {}
+for module in pkgutil.walk_packages(hf_alibi.__path__, "hf_alibi.", onerror=lambda name: None):
+    room = module.name.split(".")[1]
+    if room not in ("model", "cli", "__main__"):
+        errors |= message(lambda: importlib.import_module(module.name), module.name)
+for command in COMMANDS:
+    errors |= message(lambda: main([command, "--help"]), command)
+print(json.dumps(errors))
+"""
+# What cannot be used without a package, among other things. Each takes several seconds.
+NEEDED_BY = {
+    "accelerate": ("hf_alibi.training", "train"),
+    "datasets": ("hf_alibi.training", "hf_alibi.evaluation.metric", "train"),
+    "evaluate": ("hf_alibi.evaluation.metric",),
+    "fastapi": ("hf_alibi.serving",),
+    "gguf": (),
+    "matplotlib": (),
+    "pydantic": ("hf_alibi.serving",),
+    "starlette": ("hf_alibi.serving", "chat"),
+    "tensorboard": (),
+    "typer": ("serve",),
+}
+QUICK = ("datasets", "starlette")
 
 
-def test_the_training_package_names_what_it_lacks() -> None:
-    code = "import sys; sys.modules['datasets'] = None; import hf_alibi.training"
-    last = run("-c", code).stderr.splitlines()[-1]
-    assert last.endswith("hf_alibi.training needs the package datasets: pip install 'hf_alibi[train]'")
+@pytest.mark.parametrize(
+    "package", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NEEDED_BY]
+)
+def test_a_missing_package_is_named_with_its_extra(package: str) -> None:
+    errors = json.loads(run("-c", WITHOUT, package).stdout)
+    assert set(NEEDED_BY[package]) <= set(errors)
+    for name, error in errors.items():
+        kind = "UserError" if name in COMMANDS else "ModuleNotFoundError"
+        assert re.fullmatch(
+            rf"{kind}: hf_alibi.* needs the package {package}: pip install 'hf_alibi\[\w+\]'", error
+        ), name
+        if name in COMMANDS:
+            assert error.endswith(f"[{COMMANDS[name].extra}]'")
+    if not NEEDED_BY[package]:
+        assert errors == {}
 
 
 def test_importing_the_package_imports_nothing_optional() -> None:
