@@ -17,7 +17,6 @@ import sys
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from symtable import symtable
 from typing import NamedTuple
 
 from ..version import __version__
@@ -158,9 +157,8 @@ def _part(path: Path) -> Part:
     text = path.read_text(encoding="utf-8")
     lines = text.splitlines(keepends=True)
     first, *nodes = ast.parse(text).body
-    symbols = symtable(text, str(path), "exec").get_symbols()
-    defined = {symbol.get_name() for symbol in symbols if symbol.is_assigned() and not symbol.is_imported()}
-    part = Part(path, "".join(lines[: first.end_lineno]), "", "", False, set(), {}, {}, defined - {"_", "__all__"})
+    defined = _defined(nodes) - {"_", "__all__"}
+    part = Part(path, "".join(lines[: first.end_lineno]), "", "", False, set(), {}, {}, defined)
     kept: list[tuple[ast.stmt, str]] = []
     exports, end = "", first.end_lineno or 0
     for node in nodes:
@@ -174,6 +172,22 @@ def _part(path: Path) -> Part:
     body = "".join(source for _, source in kept).lstrip("\n")
     is_definition = bool(kept) and isinstance(kept[0][0], ast.FunctionDef | ast.ClassDef)
     return part._replace(body=body, exports=exports, starts_with_definition=is_definition)
+
+
+def _defined(nodes: Iterable[ast.AST]) -> set[str]:
+    """Returns the names that statements define in their own scope, imports left out.
+
+    The module `symtable` would add the variables of comprehensions from Python 3.12 on.
+    """
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif not isinstance(node, ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+            names |= _defined(ast.iter_child_nodes(node))
+    return names
 
 
 def _note_import(part: Part, node: ast.Import | ast.ImportFrom) -> None:

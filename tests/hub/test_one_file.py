@@ -60,6 +60,20 @@ def test_they_say_where_they_are_from() -> None:
     assert "model/alibi.py" in second
 
 
+def test_names_of_an_inner_scope_are_not_the_files_own(tmp_path: Path) -> None:
+    """On Python 3.12 the symbol table of a module has the variables of its comprehensions too."""
+    path = tmp_path / "part.py"
+    path.write_text(
+        '"""Docs."""\n\nimport os\n\n_ = SIZE, (NEAR, *FAR) = 1, (2, 3)\nKIND: int = 4\n'
+        "NAMES = [field for field in {one: two for one, two in ()}] + list(lambda inner: (deep for deep in inner))\n"
+        "for turn in ():\n    INSIDE = 1\n\n\nclass Part:\n    attribute = 1\n\n\n"
+        "def function(argument=1):\n    local = 2\n"
+    )
+    assert one_file._part(path).defined == {
+        "SIZE", "NEAR", "FAR", "KIND", "NAMES", "turn", "INSIDE", "Part", "function"
+    }  # fmt: skip
+
+
 def test_a_file_imports_from_earlier_ones_only() -> None:
     merged = files_of(["rotary"])
     earlier: list[str] = []
