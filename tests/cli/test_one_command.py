@@ -81,7 +81,7 @@ NEEDED_BY = {
     "gguf": (),
     "matplotlib": (),
     "pydantic": ("hf_alibi.serving",),
-    "starlette": ("hf_alibi.serving", "chat"),
+    "starlette": ("hf_alibi.serving", "serve"),
     "tensorboard": (),
     "typer": ("serve",),
 }
