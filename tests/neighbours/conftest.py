@@ -4,6 +4,7 @@ Every test here has the marker `neighbours`, and is skipped if its package is mi
 of `docs/neighbours.md` if all tests of the run passed.
 """
 
+import linecache
 import re
 from collections.abc import Callable
 from importlib.metadata import version
@@ -57,6 +58,8 @@ def cook() -> Callable[..., dict[str, Any]]:
     """Returns a function that runs code of the docs with `names` defined, and returns all names that exist then."""
 
     def run(code: str, **names: Any) -> dict[str, Any]:
+        # nnsight reads the source of its `with` blocks.
+        linecache.cache["docs"] = (len(code), None, code.splitlines(keepends=True), "docs")
         exec(compile(code, "docs", "exec"), names)
         return names
 
