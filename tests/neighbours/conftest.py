@@ -4,9 +4,10 @@ Every test here has the marker `neighbours`, and is skipped if its package is mi
 of `docs/neighbours.md` if all tests of the run passed.
 """
 
+import gc
 import linecache
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,13 @@ def with_rows(text: str, new: list[str]) -> str:
     ran = {line.split("|")[1] for line in new}
     kept = [line for line in table[1].splitlines() if line.split("|")[1] not in ran]
     return text.replace(table[0], HEAD + "".join(f"{line}\n" for line in sorted(kept + new)))
+
+
+@pytest.fixture(autouse=True)
+def leftovers() -> Iterator[None]:
+    """Frees what a package leaves open, such as event loops, while its warnings are no errors."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
