@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gguf_models import MODELS, SWIGLU, save_model
-from llama_cpp import F16, LlamaCpp
+from llama_cpp_library import F16, LlamaCpp
 from tokenizers import Regex, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 

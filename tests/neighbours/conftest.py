@@ -4,8 +4,10 @@ Every test here has the marker `neighbours`, and is skipped if its package is mi
 of `docs/neighbours.md` if all tests of the run passed.
 """
 
+import gc
+import linecache
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,11 +54,20 @@ def with_rows(text: str, new: list[str]) -> str:
     return text.replace(table[0], HEAD + "".join(f"{line}\n" for line in sorted(kept + new)))
 
 
+@pytest.fixture(autouse=True)
+def leftovers() -> Iterator[None]:
+    """Frees what a package leaves open, such as event loops, while its warnings are no errors."""
+    yield
+    gc.collect()
+
+
 @pytest.fixture
 def cook() -> Callable[..., dict[str, Any]]:
     """Returns a function that runs code of the docs with `names` defined, and returns all names that exist then."""
 
     def run(code: str, **names: Any) -> dict[str, Any]:
+        # nnsight reads the source of its `with` blocks.
+        linecache.cache["docs"] = (len(code), None, code.splitlines(keepends=True), "docs")
         exec(compile(code, "docs", "exec"), names)
         return names
 

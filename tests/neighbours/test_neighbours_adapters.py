@@ -12,9 +12,10 @@ pytest.importorskip("peft")
 
 
 @torch.no_grad()
-def test_lora_merges(books: str, cook: Callable[..., Any], shown: Callable[[str, str], None]) -> None:
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
+def test_adapters_merge(books: str, cook: Callable[..., Any], shown: Callable[[str, str], None], kind: str) -> None:
     before, after = recipe("LoRA")
-    adapted = cook(before)["model"]
+    adapted = cook(before.replace("r=8", f"r=8, use_dora={kind == 'DoRA'}"))["model"]
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
@@ -23,7 +24,7 @@ def test_lora_merges(books: str, cook: Callable[..., Any], shown: Callable[[str,
     cook(after, model=adapted)
     error = difference(model_of("runs/books-merged")(tokens(2, 90)).logits, expected)
     assert error < 2e-6
-    shown("peft", f"LoRA: merged, saved and loaded, logits are the adapted model's to {error:.0e}")
+    shown("peft", f"{kind}: merged, saved and loaded, logits are the adapted model's to {error:.0e}")
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Evaluation and attribution: lm-eval at lengths beyond the trained one, captum."""
+"""Evaluation: lm-eval at lengths beyond the trained one."""
 
 import json
 import math
@@ -49,20 +49,3 @@ def test_lm_eval(books: str, cook: Callable[..., Any], shown: Callable[[str, str
         f"{measured:.4f} bits per byte, batched and single, texts up to {longest} tokens, trained length "
         f"{TRAINING_LENGTH}; the model itself says {expected:.4f}",
     )
-
-
-@torch.no_grad()
-def test_captum(books: str, cook: Callable[..., Any], shown: Callable[[str, str], None]) -> None:
-    pytest.importorskip("captum")
-    model, tokenizer = model_of(books), tiny_tokenizer()
-    prompt, target = tokenizer("the quick").input_ids, tokenizer(" fox").input_ids
-
-    def score(ids: list[int]) -> float:
-        scores = model(torch.tensor([ids + target])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
-        return scores[range(len(target)), target].sum().item()
-
-    result = cook(*recipe("Attribution"), model=model, tokenizer=tokenizer)["result"]
-    for index, value in enumerate(result.seq_attr.tolist()):
-        without = [*prompt[:index], 0, *prompt[index + 1 :]]
-        assert value == pytest.approx(score(prompt) - score(without), abs=1e-4)
-    shown("captum", "feature ablation: each number is the difference that leaving the token out makes")

@@ -1,4 +1,4 @@
-"""ONNX: the exported programs run in ONNX Runtime, with other sizes than those they were exported with."""
+"""ONNX and OpenVINO: the exported programs run in their runtimes, with other sizes than those of the export."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,15 +9,12 @@ from recipes import difference, model_of, recipe, tokens
 from tiny import tiny_tokenizer
 from transformers import DynamicCache
 
-pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
+from hf_alibi import AlibiGPTForCausalLM
 
 
 @torch.no_grad()
-def test_onnx(books: str, cook: Callable[..., Any], shown: Callable[[str, str], None]) -> None:
-    model, tokenizer = model_of(books), tiny_tokenizer()
-    (code,) = recipe("ONNX", "converting.md")
-    program = cook(code, model=model, tokenizer=tokenizer)["program"]
+def check(program: Any, model: AlibiGPTForCausalLM) -> str:
+    """Compares a prompt and a step with the model without a cache, and returns a sentence on the error."""
     text, mask = tokens(3, 200), torch.ones(3, 200, dtype=torch.long)
     mask[0, :70] = 0
     expected = model(text, attention_mask=mask, use_cache=False).logits
@@ -31,4 +28,24 @@ def test_onnx(books: str, cook: Callable[..., Any], shown: Callable[[str, str], 
         cache, shown_tokens = outputs.cache, mask[:, start:end].bool()
         errors.append(difference(outputs.logits[shown_tokens], expected[:, start:end][shown_tokens]))
     assert max(errors) < 1e-5
-    shown("onnxruntime", f"prompt and step, 3 texts of 200 tokens, one padded left: logits to {max(errors):.0e}")
+    return f"prompt and step, 3 texts of 200 tokens, one padded left: logits to {max(errors):.0e}"
+
+
+def test_onnx(books: str, cook: Callable[..., Any], shown: Callable[[str, str], None]) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = model_of(books)
+    (code,) = recipe("ONNX", "converting.md")
+    shown("onnxruntime", check(cook(code, model=model, tokenizer=tiny_tokenizer())["program"], model))
+
+
+def test_openvino(books: str, cook: Callable[..., Any], shown: Callable[[str, str], None]) -> None:
+    pytest.importorskip("openvino")
+    from transformers.exporters import ExportedModel
+
+    model = model_of(books)
+    (code,) = recipe("OpenVINO")
+    cook(code, model=model, tokenizer=tiny_tokenizer())
+    precision = {"INFERENCE_PRECISION_HINT": "f32"}
+    program = ExportedModel.from_pretrained("runs/books-openvino", device="cpu", config=precision)
+    shown("openvino", "saved and loaded: " + check(program, model))

@@ -57,6 +57,16 @@ def test_torchao(books: str, cook: Callable[..., Any], shown: Callable[[str, str
     shown("torchao", f"int8, saved and loaded: {what}")
 
 
+def test_torchao_4_bit(books: str, cook: Callable[..., Any], shown: Callable[[str, str], None]) -> None:
+    pytest.importorskip("torchao")
+    (code,) = recipe("8-bit")
+    code = code.replace("Int8WeightOnlyConfig()", "IntxWeightOnlyConfig(torch.int4, PerGroup(32))")
+    code = code.replace("import Int8WeightOnlyConfig", "import IntxWeightOnlyConfig, PerGroup")
+    cook(code, torch=torch)
+    what = check(model_of("runs/books-int8"), books, lambda linear: linear.weight.dequantize())
+    shown("torchao", f"4-bit, saved and loaded: {what}")
+
+
 def test_quanto(books: str, shown: Callable[[str, str], None]) -> None:
     quanto = pytest.importorskip("optimum.quanto")
     model = model_of(books)
