@@ -43,6 +43,7 @@ from ..training.prepare import load_prepared
 from ..training.resume import find_checkpoint
 from ..training.run_record import refuse_changes, run_arguments
 from ..training.stream import EndlessStream
+from ..training.tensor_parallel import divide_heads
 from ..training.token_store import TokenBlocks
 from ..training.trainer import train
 from .options import OptionParser, in_range, parse
@@ -116,6 +117,9 @@ class ModelArguments:
     context_parallel_size: int = field(
         default=1, metadata={"help": "Processes among which every block is divided, for long blocks."}
     )
+    tensor_parallel_size: int = field(
+        default=1, metadata={"help": "Processes among which heads are divided; more processes use FSDP2."}
+    )
     fresh_optimizer: bool = field(
         default=False,
         metadata={"help": "Resume only from a checkpoint's weights, with a new optimizer; not bit for bit."},
@@ -167,6 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             model, tokenizer = new_model(model_args, documents_in_turn(corpora), data_args.block_size)
         try_out(model, training_args)
         blocks = load_blocks(data_args, corpora, tokenizer, training_args.seed)
+    if model_args.tensor_parallel_size > 1:
+        model = divide_heads(model, training_args, model_args.tensor_parallel_size)
     train(
         model,
         tokenizer,
@@ -203,7 +209,7 @@ def check(model_args: ModelArguments, data_args: DataArguments, training_args: T
         raise UserError("--max_train_samples limits one data set: leave it out with --train_weights")
     in_range(data_args, 3, "block_size")
     in_range(data_args, 1, "max_train_samples", "max_eval_samples")
-    in_range(model_args, 1, "vocab_size", "context_parallel_size")
+    in_range(model_args, 1, "vocab_size", "context_parallel_size", "tensor_parallel_size")
     in_range(training_args, 1, *COUNTS)
     in_range(training_args, 0, *AMOUNTS, highest=MOST)
     in_range(training_args, 0, *FRACTIONS, highest=1)

@@ -41,7 +41,10 @@ FREE = {
 }  # fmt: skip
 
 # Arguments of later releases, with the value that earlier runs had. They are recorded only if they differ from it.
-ADDED_LATER = {"context_parallel_size": 1, "early_stopping_patience": None, "early_stopping_threshold": 0.0}
+ADDED_LATER = {
+    "context_parallel_size": 1, "tensor_parallel_size": 1,
+    "early_stopping_patience": None, "early_stopping_threshold": 0.0,
+}  # fmt: skip
 
 # The length of a run. It decides the learning rate of every step, unless the rate is constant.
 LENGTH = {"max_steps", "num_train_epochs"}
