@@ -14,8 +14,8 @@ def in_two_processes(program: Path, *arguments: str | Path, timeout: int = 600, 
     Raises:
         AssertionError: If it fails, with what it has printed.
     """
-    command = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(program), *map(str, arguments)]
-    return launched([sys.executable, "-m", *command], timeout)
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return launched([sys.executable, "-m", *launcher, str(program), *map(str, arguments)], timeout)
 
 
 def launched(command: list[str], timeout: int = 600, **variables: str) -> str:

@@ -308,7 +308,11 @@ def joined_blocks(parts: Sequence[Any], limit: int | None) -> Any:
 
 
 def load_model(arguments: ModelArguments, path: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Returns the model of the checkpoint `path`. Raises `UserError` if the tokenizer or the arguments do not fit it."""
+    """Returns the model of the checkpoint `path`.
+
+    Raises:
+        UserError: If the tokenizer or the arguments do not fit it.
+    """
     model, _ = load_causal_lm(
         path,
         dtype=arguments.dtype,

@@ -42,6 +42,22 @@ class AlibiGPTPreTrainedModel(UploadsCode, PreTrainedModel):
 
     _table_of_names: str | None = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Adds the name of a class to Transformers' table of models for its task.
+
+        Transformers looks there to decide whether Trainer shifts labels for label smoothing, whether a pipeline
+        accepts a model, and how the server treats it. Registration with an Auto class does not add the name.
+        Subclasses are added too, such as those that FSDP makes.
+        """
+        super().__init_subclass__(**kwargs)
+        if cls._table_of_names is not None:
+            # Imported here, so that a checkpoint loads even if Transformers moves or removes these tables.
+            try:
+                from transformers.models.auto import modeling_auto
+            except ImportError:
+                return
+            getattr(modeling_auto, cls._table_of_names, {})[cls.__name__] = cls.__name__
+
     def post_init(self) -> None:
         """Ends initialization. Drops rules of the tensor-parallel plan for weights that this model does not have.
 
@@ -51,7 +67,8 @@ class AlibiGPTPreTrainedModel(UploadsCode, PreTrainedModel):
         super().post_init()
         weights = [re.sub(r"\.\d+", ".*", name) for name, _ in self.named_parameters(remove_duplicate=False)]
         modules = {name.rpartition(".")[0] for name in weights}
-        self.tp_plan = {rule: style for rule, style in self.tp_plan.items() if rule in modules.union(weights)}
+        fitting = {rule: style for rule, style in self.tp_plan.items() if rule in modules.union(weights)}
+        self.tp_plan = fitting  # type: ignore[misc]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -38,8 +38,8 @@ def check_shares(config: Any, distributed_config: Any) -> None:
             "num_hidden_layers."
         )
     if config.tie_word_embeddings and ranks > 1 and groups > 1 and config.vocab_size % (ranks * groups):
-        # Transformers ties the weights again after FSDP has divided them, and the embedding would stay as it was before
-        # the first step.
+        # Transformers ties the weights again after FSDP has divided them. The embedding would then stay as it was
+        # before the first step.
         raise ValueError(
             f"The embeddings of {config.vocab_size} tokens, tied to the output layer, cannot be divided evenly by "
             f"tensor parallelism and FSDP together: vocab_size must be a multiple of {ranks * groups} (tp_size times "

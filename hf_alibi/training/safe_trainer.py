@@ -123,7 +123,7 @@ class SafeTrainer(Trainer):
         return args
 
     def _share_batches(self) -> None:
-        """Gives the ranks that share the heads of a model the same batches, by the mesh of accelerate's data loaders."""
+        """Gives ranks that share the heads of a model the same batches, by the mesh of accelerate's data loaders."""
         size = self.get_tp_size()
         if size == 1:
             return

@@ -1,4 +1,4 @@
-"""Tensor parallelism in training: ranks that share the heads and feed-forward layers of a model, and FSDP2 among groups.
+"""Tensor parallelism in training: ranks that share the heads of a model, and FSDP2 among groups of them.
 
     hf_alibi train ... --tensor_parallel_size 2      # under torchrun or accelerate launch
 
@@ -35,8 +35,8 @@ def divide_heads(model: PreTrainedModel, args: TrainingArguments, size: int) -> 
         raise UserError(f"--tensor_parallel_size {size} does not divide the {ranks} processes")
     if args.fsdp or args.deepspeed or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise UserError(
-            "--tensor_parallel_size divides the model itself, by FSDP2 too, so leave out FSDP and DeepSpeed: start the "
-            "processes with torchrun, or with a config as scripts/accelerate/tensor_parallel.yaml"
+            "--tensor_parallel_size divides the model itself, by FSDP2 too, so leave out FSDP and DeepSpeed: start "
+            "the processes with torchrun, or with a config as scripts/accelerate/tensor_parallel.yaml"
         )
     # The first rank of each machine writes, because machines may or may not share their disks.
     folder = Path(str(args.output_dir)) / f"weights-to-divide-{args.process_index - args.local_process_index}"
