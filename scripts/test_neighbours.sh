@@ -10,6 +10,9 @@ source scripts/environment.sh dev,neighbours .venv-neighbours constraints-neighb
 # Its metadata forbids huggingface_hub 2, which Transformers 5.24 comes with. It works with it.
 python -m pip install --quiet --no-deps langchain-huggingface==1.2.3
 
+# It needs PyTorch while it is built, and no CUDA if its operators are left for later.
+DS_BUILD_OPS=0 python -m pip install --quiet --no-build-isolation --constraint constraints-neighbours.txt deepspeed
+
 tests=tests/neighbours
 if [[ $# -gt 0 && "$1" != -* ]]; then
     tests="tests/neighbours/test_neighbours_$1.py"

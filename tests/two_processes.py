@@ -1,4 +1,4 @@
-"""Runs a program in two processes that communicate with gloo on the CPU."""
+"""Runs a program in two or more processes that communicate with gloo on the CPU."""
 
 import os
 import subprocess
@@ -8,14 +8,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def in_two_processes(program: Path, *arguments: str | Path, timeout: int = 600) -> str:
+def in_two_processes(program: Path, *arguments: str | Path, timeout: int = 600, processes: int = 2) -> str:
     """Runs `program` under torchrun, and returns what it prints. It must assert the number of processes itself.
 
     Raises:
         AssertionError: If it fails, with what it has printed.
     """
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program), *map(str, arguments)]
-    return launched([sys.executable, "-m", *command], timeout)
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return launched([sys.executable, "-m", *launcher, str(program), *map(str, arguments)], timeout)
 
 
 def launched(command: list[str], timeout: int = 600, **variables: str) -> str:

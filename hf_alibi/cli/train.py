@@ -32,6 +32,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..errors import UserError
 from ..hub.checkpoints import LOADING_ERRORS, check_vocabulary, load_causal_lm, load_tokenizer, parse_overrides
@@ -43,6 +44,7 @@ from ..training.prepare import load_prepared
 from ..training.resume import find_checkpoint
 from ..training.run_record import refuse_changes, run_arguments
 from ..training.stream import EndlessStream
+from ..training.tensor_parallel import divide_heads
 from ..training.token_store import TokenBlocks
 from ..training.trainer import train
 from .options import OptionParser, in_range, parse
@@ -116,6 +118,9 @@ class ModelArguments:
     context_parallel_size: int = field(
         default=1, metadata={"help": "Processes among which every block is divided, for long blocks."}
     )
+    tensor_parallel_size: int = field(
+        default=1, metadata={"help": "Processes among which heads are divided; more processes use FSDP2."}
+    )
     fresh_optimizer: bool = field(
         default=False,
         metadata={"help": "Resume only from a checkpoint's weights, with a new optimizer; not bit for bit."},
@@ -155,18 +160,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = find_checkpoint(training_args, model_args.fresh_optimizer)
     if checkpoint:
         refuse_changes(checkpoint, arguments=run_arguments(training_args, arguments))
-    with training_args.main_process_first(desc="preparation of data and tokenizer"):
+    start = checkpoint or model_args.model_name_or_path
+    with training_args.main_process_first(desc="data and tokenizer"):
         corpora = [] if data_args.prepared_data else load_corpora(data_args, data_args.streaming)
-        set_seed(training_args.seed)
-        start = checkpoint or model_args.model_name_or_path
         if start:
-            model, tokenizer = load_model(model_args, start)
+            tokenizer = load_tokenizer(model_args.tokenizer_name or start)
         else:
             if data_args.prepared_data and not model_args.tokenizer_name:
                 model_args.tokenizer_name = str(data_args.prepared_data[0])
-            model, tokenizer = new_model(model_args, documents_in_turn(corpora), data_args.block_size)
-        try_out(model, training_args)
+            tokenizer = new_tokenizer(model_args, documents_in_turn(corpora))
+    set_seed(training_args.seed)
+    # All processes at once: with ZeRO-3, each creates a part of the model.
+    if start:
+        model = load_model(model_args, start, tokenizer)
+    else:
+        model = new_model(model_args, tokenizer, data_args.block_size)
+    try_out(model, training_args)
+    with training_args.main_process_first(desc="blocks"):
         blocks = load_blocks(data_args, corpora, tokenizer, training_args.seed)
+    if model_args.tensor_parallel_size > 1:
+        model = divide_heads(model, training_args, model_args.tensor_parallel_size)
     train(
         model,
         tokenizer,
@@ -203,7 +216,7 @@ def check(model_args: ModelArguments, data_args: DataArguments, training_args: T
         raise UserError("--max_train_samples limits one data set: leave it out with --train_weights")
     in_range(data_args, 3, "block_size")
     in_range(data_args, 1, "max_train_samples", "max_eval_samples")
-    in_range(model_args, 1, "vocab_size", "context_parallel_size")
+    in_range(model_args, 1, "vocab_size", "context_parallel_size", "tensor_parallel_size")
     in_range(training_args, 1, *COUNTS)
     in_range(training_args, 0, *AMOUNTS, highest=MOST)
     in_range(training_args, 0, *FRACTIONS, highest=1)
@@ -234,7 +247,8 @@ def check(model_args: ModelArguments, data_args: DataArguments, training_args: T
 def try_out(model: PreTrainedModel, training_args: TrainingArguments) -> None:
     """Checks that there is an optimizer, and for training on the CPU that the loss is finite and has gradients.
 
-    The model is still on the CPU, so other devices are not tried. Weights and random numbers are unchanged afterwards.
+    The model is still on the CPU, so other devices are not tried, and with ZeRO-3 it is in parts. Weights and random
+    numbers are unchanged afterwards.
 
     Raises:
         UserError: If the optimizer needs another package or has bad arguments, if the attention has no backward pass
@@ -246,7 +260,7 @@ def try_out(model: PreTrainedModel, training_args: TrainingArguments) -> None:
         raise UserError(
             f"--optim {getattr(training_args.optim, 'value', training_args.optim)}: {shorten(str(error), 300)}"
         ) from error
-    if training_args.device.type != "cpu":
+    if training_args.device.type != "cpu" or is_deepspeed_zero3_enabled():
         return
     input_ids = torch.arange(3)[None] % model.config.vocab_size
     with torch.random.fork_rng(devices=[]):
@@ -295,9 +309,13 @@ def joined_blocks(parts: Sequence[Any], limit: int | None) -> Any:
     return joined if limit is None else joined.take(limit)
 
 
-def load_model(arguments: ModelArguments, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Returns the model of the checkpoint `path`, and its tokenizer unless the arguments name another."""
-    model, tokenizer = load_causal_lm(
+def load_model(arguments: ModelArguments, path: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Returns the model of the checkpoint `path`.
+
+    Raises:
+        UserError: If the tokenizer or the arguments do not fit it.
+    """
+    model, _ = load_causal_lm(
         path,
         dtype=arguments.dtype,
         device="cpu",
@@ -309,21 +327,20 @@ def load_model(arguments: ModelArguments, path: str) -> tuple[PreTrainedModel, P
             raise UserError(
                 f"--config_overrides: {name} is {getattr(model.config, name)} in {path} and cannot be changed"
             )
+    check_vocabulary(tokenizer, model.config)
+    return model
+
+
+def new_tokenizer(arguments: ModelArguments, documents: Iterable[str]) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer that the arguments name, or one that is trained on `documents`."""
     if arguments.tokenizer_name:
-        tokenizer = load_tokenizer(arguments.tokenizer_name)
-        check_vocabulary(tokenizer, model.config)
-    return model, tokenizer
+        return load_tokenizer(arguments.tokenizer_name)
+    return train_tokenizer(documents, arguments.vocab_size)
 
 
-def new_model(
-    arguments: ModelArguments, documents: Iterable[str], block_size: int
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Returns a model with new weights, and a tokenizer, trained on `documents` unless the arguments name one."""
+def new_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> PreTrainedModel:
+    """Returns a model with new weights for the tokenizer."""
     overrides = parse_overrides(arguments.config_overrides, new_config(arguments.model_type, {}))
-    if arguments.tokenizer_name:
-        tokenizer = load_tokenizer(arguments.tokenizer_name)
-    else:
-        tokenizer = train_tokenizer(documents, arguments.vocab_size)
     values = {
         "vocab_size": len(tokenizer),
         "training_length": block_size,
@@ -338,12 +355,11 @@ def new_model(
         if token is not None and not (isinstance(token, int) and 0 <= token < config.vocab_size):
             raise UserError(f"--config_overrides: the model has {config.vocab_size} tokens, but no {name} {token}")
     try:
-        model = AutoModelForCausalLM.from_config(
+        return AutoModelForCausalLM.from_config(
             config, dtype=arguments.dtype, attn_implementation=arguments.attn_implementation
         )
     except LOADING_ERRORS as error:
         raise UserError(shorten(str(error), 300)) from error
-    return model, tokenizer
 
 
 def new_config(model_type: str, values: dict[str, Any]) -> PreTrainedConfig:

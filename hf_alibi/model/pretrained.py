@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from typing import Any
 
 import torch
@@ -58,6 +59,18 @@ class AlibiGPTPreTrainedModel(UploadsCode, PreTrainedModel):
                 return
             getattr(modeling_auto, cls._table_of_names, {})[cls.__name__] = cls.__name__
 
+    def post_init(self) -> None:
+        """Ends initialization. Drops rules of the tensor-parallel plan for weights that this model does not have.
+
+        Such as those of the gate of a feed-forward layer without one. Transformers would warn that the rules match
+        nothing.
+        """
+        super().post_init()
+        weights = [re.sub(r"\.\d+", ".*", name) for name, _ in self.named_parameters(remove_duplicate=False)]
+        modules = {name.rpartition(".")[0] for name in weights}
+        fitting = {rule: style for rule, style in self.tp_plan.items() if rule in modules.union(weights)}
+        self.tp_plan = fitting  # type: ignore[misc]
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights. Trained slopes are ignored: they come first, but may have a higher precision."""
@@ -101,7 +114,9 @@ class AlibiGPTPreTrainedModel(UploadsCode, PreTrainedModel):
             ValueError: If its heads or layers cannot be divided.
         """
         check_shares(model.config, distributed_config)
-        if any((getattr(distributed_config, name, None) or 1) > 1 for name in ("fsdp_size", "dp_replicate_size")):
+        groups = max(getattr(distributed_config, name, None) or 1 for name in ("fsdp_size", "dp_replicate_size"))
+        # With tensor parallelism too, Transformers needs them apart, and `check_shares` allows what then works.
+        if groups > 1 and (getattr(distributed_config, "tp_size", None) or 1) == 1:
             # Otherwise FSDP takes tied weights for two. If the vocabulary does not divide evenly among ranks, it then
             # goes on computing with one of them as it was before the first step of the optimizer.
             model.tie_weights()

@@ -22,9 +22,10 @@ def check_shares(config: Any, distributed_config: Any) -> None:
         distributed_config: Numbers of ranks, or `None` for one process.
 
     Raises:
-        ValueError: If heads or layers cannot be divided.
+        ValueError: If heads, layers or tied embeddings cannot be divided.
     """
-    ranks, stages = (getattr(distributed_config, name, None) or 1 for name in ("tp_size", "pp_size"))
+    sizes = [getattr(distributed_config, name, None) or 1 for name in ("tp_size", "pp_size", "fsdp_size")]
+    ranks, stages, groups = sizes
     heads, shared = config.num_attention_heads, config.num_key_value_heads
     if heads % ranks or shared % ranks:
         raise ValueError(
@@ -35,6 +36,14 @@ def check_shares(config: Any, distributed_config: Any) -> None:
         raise ValueError(
             f"{config.num_hidden_layers} layers cannot be divided into {stages} stages: pp_size must not exceed "
             "num_hidden_layers."
+        )
+    if config.tie_word_embeddings and ranks > 1 and groups > 1 and config.vocab_size % (ranks * groups):
+        # Transformers ties the weights again after FSDP has divided them. The embedding would then stay as it was
+        # before the first step.
+        raise ValueError(
+            f"The embeddings of {config.vocab_size} tokens, tied to the output layer, cannot be divided evenly by "
+            f"tensor parallelism and FSDP together: vocab_size must be a multiple of {ranks * groups} (tp_size times "
+            "fsdp_size), or tie_word_embeddings False."
         )
 
 

@@ -41,13 +41,19 @@ FREE = {
 }  # fmt: skip
 
 # Arguments of later releases, with the value that earlier runs had. They are recorded only if they differ from it.
-ADDED_LATER = {"context_parallel_size": 1, "early_stopping_patience": None, "early_stopping_threshold": 0.0}
+ADDED_LATER = {
+    "context_parallel_size": 1, "tensor_parallel_size": 1,
+    "early_stopping_patience": None, "early_stopping_threshold": 0.0,
+}  # fmt: skip
 
 # The length of a run. It decides the learning rate of every step, unless the rate is constant.
 LENGTH = {"max_steps", "num_train_epochs"}
 
-# Fields of the config that do not change the model.
-NOT_THE_MODEL = {"transformers_version", "use_cache", "_name_or_path", "architectures", "auto_map"}
+# Fields of the config that do not change the model. Trainer takes those of tokens from the tokenizer when it begins.
+NOT_THE_MODEL = {
+    "transformers_version", "use_cache", "_name_or_path", "architectures", "auto_map",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+}  # fmt: skip
 
 
 # Variables in which `accelerate launch` passes how processes share the work.
@@ -137,7 +143,7 @@ def refuse_changes(checkpoint: str | Path, **sections: Any) -> None:
         if section == "data":
             differences += ["its training data"] if new != old else []
             continue
-        allowed = LENGTH if section == "arguments" and _has_constant_rate(old) else set()
+        allowed = NOT_THE_MODEL if section == "model" else LENGTH if _has_constant_rate(old) else set()
         differences += [
             f"{name} ({json.dumps(new.get(name))}, not {json.dumps(old.get(name))})"
             for name in sorted(old.keys() | new.keys())

@@ -80,6 +80,7 @@ class SafeTrainer(Trainer):
         self.add_callback(self.monitor)
         self._choose_display()
         self.context_parallel = self._context_parallel(context_parallel_size)
+        self._share_batches()
         self._warn_if_not_sharded()
 
     # Several processes
@@ -114,6 +115,24 @@ class SafeTrainer(Trainer):
         parallel = getattr(self, "context_parallel", None)
         return super().get_cp_size() if parallel is None else dist.get_world_size(parallel.group)
 
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Leaves out Transformers' note on tensor parallelism, which accelerate refuses on the CPU."""
+        args = super()._build_accelerator_args(**kwargs)
+        if (getattr(self.model, "tp_size", None) or 1) > 1:
+            args.pop("parallelism_config", None)
+        return args
+
+    def _share_batches(self) -> None:
+        """Gives ranks that share the heads of a model the same batches, by the mesh of accelerate's data loaders."""
+        size = self.get_tp_size()
+        if size == 1:
+            return
+        if self.context_parallel is not None:
+            raise UserError("a model whose heads are divided among ranks cannot have divided rows too")
+        self.accelerator.state.device_mesh = init_device_mesh(
+            self.args.device.type, (self.args.world_size // size, size), mesh_dim_names=("dp_shard", "tp")
+        )
+
     def _warn_if_not_sharded(self) -> None:
         asked = bool(self.args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
         if asked and self.accelerator.distributed_type.value != "FSDP":
@@ -126,7 +145,7 @@ class SafeTrainer(Trainer):
         """Trains on one batch. The model is in training mode before its inputs are prepared."""
         model.train()
         inputs = args[0] if args else kwargs["inputs"]
-        ranks = self.args.world_size // self.get_cp_size()
+        ranks = self.args.world_size // self.get_cp_size() // self.get_tp_size()
         self.monitor.add(inputs, self.accelerator.unwrap_model(self.model), ranks)
         return super().training_step(model, *args, **kwargs)
 

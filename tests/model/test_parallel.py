@@ -100,17 +100,43 @@ dist.destroy_process_group()
 """
 
 
+SHAPE: dict[str, Any] = {"vocab_size": 97, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6}
+
+
 @pytest.mark.slow
 def test_two_shares_and_two_stages_compute_what_one_process_does(tmp_path: Path) -> None:
-    in_two_processes(Path(__file__).with_name("ranks_infer.py"), tmp_path)
+    output = in_two_processes(Path(__file__).with_name("ranks_infer.py"), tmp_path)
+    # No rule of the plan is for modules that the models do not have.
+    assert "match nothing" not in output
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AlibiGPTConfig(**SHAPE),
+        AlibiGPTConfig(mlp_gated=True, **SHAPE),
+        AlibiGPTConfig(qk_norm=False, norm_type="layernorm", embedding_norm=True, **SHAPE),
+        FoxGPTConfig(**SHAPE),
+    ],
+    ids=["plain", "gated", "without QK-norm", "fox"],
+)
+def test_the_plan_of_shares_is_for_the_modules_of_the_model(config: AlibiGPTConfig) -> None:
+    model = AutoModelForCausalLM.from_config(config)
+    attention = {name for name, module in model.model.layers[1].self_attn.named_modules() if list(module.parameters())}
+    feed_forward = {name for name, module in model.model.layers[1].mlp.named_modules() if list(module.parameters())}
+    parts = {f"self_attn.{name}" for name in attention - {""}} | {f"mlp.{name}" for name in feed_forward - {""}}
+    rules = {f"model.layers.*.{part}" for part in parts} | {"lm_head"}
+    # Transformers 5.24 adds a rule for the embeddings itself.
+    assert rules == model.tp_plan.keys() - {"model.embed_tokens"}
+    # The plan of the class stays complete.
+    assert "layers.*.mlp.gate_proj" in type(config).base_model_tp_plan
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config_class", [KerpleGPTConfig, FoxGPTConfig])
 def test_two_ranks_have_the_biases_of_their_heads(config_class: type[AlibiGPTConfig], tmp_path: Path) -> None:
     torch.manual_seed(0)
-    shape: dict[str, Any] = {"vocab_size": 97, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6}
-    config = config_class(initializer_range=0.2, num_key_value_heads=2, **shape)
+    config = config_class(initializer_range=0.2, num_key_value_heads=2, **SHAPE)
     model = AutoModelForCausalLM.from_config(config).eval()
     for layer in model.model.layers:
         torch.nn.init.uniform_(layer.self_attn.q_norm.weight, 0.5, 2)

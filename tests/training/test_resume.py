@@ -414,11 +414,14 @@ def test_another_stream_is_refused(rows: str, tmp_path: Path) -> None:
 
 
 def test_another_model_is_refused(trained: tuple[Path, list[str]], tmp_path: Path) -> None:
-    from hf_alibi.training.run_record import read_record, refuse_changes
+    from hf_alibi.training.run_record import read_record, refuse_changes, write_record
 
     checkpoint = interrupted(trained, tmp_path / "run", 4) / "checkpoint-4"
     model = read_record(checkpoint)["model"]
     refuse_changes(checkpoint, model=model)
+    # Trainer takes tokens from the tokenizer when it begins, so a checkpoint's config has them, and the first may not.
+    write_record(checkpoint, read_record(checkpoint) | {"model": model | {"pad_token_id": None}})
+    refuse_changes(checkpoint, model=model | {"pad_token_id": 1, "bos_token_id": 0})
     with pytest.raises(UserError, match=r"hidden_dropout \(0.2, not 0.1\), rope \(1, not null\)"):
         refuse_changes(checkpoint, model=model | {"hidden_dropout": 0.2, "rope": 1})
 

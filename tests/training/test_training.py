@@ -90,36 +90,54 @@ def test_script_trains_on_the_standard_library(tmp_path: Path) -> None:
     assert model.config.vocab_size == len(tokenizer) == 300
 
 
+# The config, how many processes it starts, and further options.
 LAUNCHES = {
-    "ddp": ("ddp", ["--per_device_train_batch_size", "1"]),
-    "fsdp2": ("fsdp2", ["--per_device_train_batch_size", "1"]),
-    "divided rows": ("ddp", ["--context_parallel_size", "2"]),
+    "ddp": ("ddp", 2, ["--per_device_train_batch_size", "1"]),
+    "fsdp2": ("fsdp2", 2, ["--per_device_train_batch_size", "1"]),
+    "divided rows": ("ddp", 2, ["--context_parallel_size", "2"]),
+    "divided heads": ("ddp", 2, ["--tensor_parallel_size", "2", "--save_only_model", "True"]),
+    "heads and weights": (
+        "tensor_parallel",
+        4,
+        ["--tensor_parallel_size", "2", "--per_device_train_batch_size", "1", "--save_only_model", "True"],
+    ),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "options"), LAUNCHES.values(), ids=LAUNCHES.keys())
-def test_two_processes_train_as_one_does(
-    main: Callable[[list[str]], None], tmp_path: Path, rows: str, config: str, options: list[str]
+@pytest.mark.parametrize(("config", "processes", "options"), LAUNCHES.values(), ids=LAUNCHES.keys())
+def test_several_processes_train_as_one_does(
+    main: Callable[[list[str]], None], tmp_path: Path, rows: str, config: str, processes: int, options: list[str]
 ) -> None:
-    """`accelerate launch` starts two processes with each config. FSDP is ignored on the CPU, and a warning says so."""
+    """`accelerate launch` starts them with each config. FSDP is ignored on the CPU, and a warning says so."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
     arguments = [*TINY, "--config_overrides", "hidden_size=32,num_hidden_layers=2,num_attention_heads=12,head_dim=8"]
     arguments += ["--train_file", rows, "--isolate_documents", "--max_steps", "3", "--save_steps", "3"]
-    arguments += ["--logging_steps", "1", "--max_eval_samples", "6"]
+    arguments += ["--logging_steps", "1", "--max_eval_samples", "6", "--per_device_eval_batch_size", "1"]
     main(["--output_dir", str(tmp_path / "one"), *arguments])
     cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
     output = launched([*launch, str(SCRIPT), *arguments, *options, "--output_dir", str(tmp_path / "two")], **cache)
     assert ("accelerate ignores it on cpu" in output) == (config == "fsdp2")
     run = json.loads((tmp_path / "two" / "checkpoint-3" / "training_run.json").read_text())
-    assert run["arguments"]["processes"] == 2
+    assert run["arguments"]["processes"] == processes
     states = [json.loads((tmp_path / name / "trainer_state.json").read_text()) for name in ("one", "two")]
-    logs = [[entry["loss"] for entry in state["log_history"][:3]] for state in states]
-    assert logs[1] == pytest.approx(logs[0], abs=1e-4)
+    logs = [state["log_history"][:3] for state in states]
+    for name in ("loss", "grad_norm"):
+        assert [entry[name] for entry in logs[1]] == pytest.approx([entry[name] for entry in logs[0]], abs=1e-4)
+    # With FSDP2 no process has all gains.
+    assert ("score_bound" in logs[1][-1]) == (processes == 2)
+    if processes == 2:
+        assert logs[1][-1]["score_bound"] == pytest.approx(logs[0][-1]["score_bound"], abs=1e-3)
     results = [json.loads((tmp_path / name / "all_results.json").read_text()) for name in ("one", "two")]
     assert results[1]["eval_perplexity"] == pytest.approx(results[0]["eval_perplexity"], rel=1e-4)
-    if "--context_parallel_size" in options:
+    if processes == 2 and config == "ddp" and "--per_device_train_batch_size" not in options:
+        # All ranks evaluate on the same rows. Otherwise Trainer's mean gives labels other weights.
         assert results[1]["eval_loss"] == pytest.approx(results[0]["eval_loss"], abs=1e-4)
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "two")]
+    with torch.no_grad():
+        right, found = (model(torch.arange(60)[None]).logits for model in models)
+    torch.testing.assert_close(found, right, rtol=0, atol=2e-3)
+    assert not list((tmp_path / "two").glob("weights-to-divide*"))
 
 
 def test_the_config_for_gpus_starts_two_processes_that_divide_rows(tmp_path: Path) -> None:
@@ -140,6 +158,16 @@ def test_rows_are_divided_among_several_processes_only(
         main([*arguments, "--context_parallel_size", "2"])
     with pytest.raises(UserError, match="context_parallel_size"):
         main([*arguments, "--context_parallel_size", "0"])
+
+
+def test_heads_are_divided_among_several_processes_only(
+    main: Callable[[list[str]], None], tmp_path: Path, rows: str
+) -> None:
+    arguments = ["--output_dir", str(tmp_path / "run"), *TINY, "--train_file", rows, "--max_steps", "1"]
+    with pytest.raises(UserError, match="--tensor_parallel_size 2 does not divide the 1 processes"):
+        main([*arguments, "--tensor_parallel_size", "2"])
+    with pytest.raises(UserError, match="tensor_parallel_size"):
+        main([*arguments, "--tensor_parallel_size", "0"])
 
 
 def test_fine_tuning_starts_from_the_checkpoint(
