@@ -37,23 +37,22 @@ def main() -> None:
     if settings["question"] == SPEED:
         record["speed"] = measure_speed(settings, request["configs"])
     else:
-        model, record["training"] = trained(settings, request["text"], folder, request["study"])
+        place = folder / "models" / settings["name"]
+        record["training"] = trained(settings, request["text"], folder, place, request["study"])
         if settings["question"] != SWEEP:
-            record |= tested(model, settings, request["text"]["tests"], folder / "text")
+            # The model in memory would go on computing in bfloat16 if it was trained with autocast.
+            model: Any = AutoModelForCausalLM.from_pretrained(place)
+            record |= tested(model.to(device).eval(), settings, request["text"]["tests"], folder / "text")
     record["peak_mib"] = round(peak_mib(), 1)
     write_json(run_file(folder, settings["name"]), record)
 
 
-def trained(
-    settings: dict[str, Any], text: dict[str, Any], folder: Path, parent: int
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Returns the model of a run and the record of its training. A model that an earlier process trained is loaded."""
-    place = folder / "models" / settings["name"]
+def trained(settings: dict[str, Any], text: dict[str, Any], folder: Path, place: Path, parent: int) -> dict[str, Any]:
+    """Returns the record of the training of a run, whose model is in `place`, unless an earlier process trained it."""
     # Written last, so what it describes is complete.
     earlier = read_json(place / "study.json")
     if earlier is not None and (earlier["settings"], earlier["text"]) == (settings, text):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(place)
-        return loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval(), earlier["training"]
+        return earlier["training"]
     shutil.rmtree(place, ignore_errors=True)
     start = peak_mib()
     model, training = train_run(settings, folder / "text", place, parent)
@@ -61,7 +60,7 @@ def trained(
     if settings["question"] != SWEEP:
         model.save_pretrained(place)
         write_json(place / "study.json", {"settings": settings, "text": text, "training": training})
-    return model, training
+    return training
 
 
 def tested(model: PreTrainedModel, settings: dict[str, Any], tests: list[str], text: Path) -> dict[str, Any]:
