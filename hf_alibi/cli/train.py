@@ -158,6 +158,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     no_bars_in_files()
     arguments = asdict(model_args) | asdict(data_args) | asdict(watching_args)
     checkpoint = find_checkpoint(training_args, model_args.fresh_optimizer)
+    if checkpoint and model_args.tensor_parallel_size > 1:
+        raise UserError(
+            "--tensor_parallel_size: Transformers cannot continue a run whose heads are divided; start a new one "
+            f"from its weights with --model_name_or_path {checkpoint}"
+        )
     if checkpoint:
         refuse_changes(checkpoint, arguments=run_arguments(training_args, arguments))
     start = checkpoint or model_args.model_name_or_path

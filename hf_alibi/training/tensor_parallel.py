@@ -6,7 +6,7 @@ Groups of `size` ranks get the same batches, and each rank of a group computes s
 groups, they also share weights, gradients and the optimizer's states (FSDP2). Transformers does both while it loads a
 model (`DistributedConfig`), so a model is saved first.
 
-Transformers cannot save the optimizer of such a model: a run can be continued from its weights only.
+Transformers cannot save the optimizer of such a model, so a run cannot be resumed.
 """
 
 import os

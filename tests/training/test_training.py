@@ -168,6 +168,10 @@ def test_heads_are_divided_among_several_processes_only(
         main([*arguments, "--tensor_parallel_size", "2"])
     with pytest.raises(UserError, match="tensor_parallel_size"):
         main([*arguments, "--tensor_parallel_size", "0"])
+    main(arguments)
+    again = [*arguments, "--max_steps", "2", "--resume_from_checkpoint", "True", "--tensor_parallel_size", "2"]
+    with pytest.raises(UserError, match=r"cannot continue .*--model_name_or_path \S+checkpoint-1"):
+        main(again)
 
 
 def test_fine_tuning_starts_from_the_checkpoint(
