@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, constants
 from many_files import write_many_files
 from tiny import save_checkpoint
 
-from hf_alibi import AlibiGPTForSequenceClassification
+from hf_alibi import AlibiGPTForCausalLM, AlibiGPTForSequenceClassification
 from hf_alibi.cli import refresh as refresh_command
 from hf_alibi.errors import UserError
 from hf_alibi.hub.refresh import new_code, refresh
@@ -66,7 +66,12 @@ def test_a_checkpoint_of_the_first_release_gets_the_present_code(
     before = contents(folder)
     change = refresh(folder)
     assert change is not None
-    assert contents(folder) == before | new_code()
+    after = contents(folder)
+    assert after | {"config.json": b""} == before | new_code() | {"config.json": b""}
+    configs = [json.loads(files["config.json"]) for files in (before, after)]
+    # The first release had no class that chooses among texts.
+    assert configs[1]["auto_map"].pop("AutoModelForMultipleChoice") == "modeling_alibi_gpt.AlibiGPTForMultipleChoice"
+    assert configs[0] == configs[1]
     assert "outputs differ from those of the package's own model by" in capsys.readouterr().out
     assert refresh(folder) is None
     assert f"{folder} already has the code of hf_alibi" in capsys.readouterr().out
@@ -97,9 +102,7 @@ def test_old_code_is_replaced_and_other_files_stay(
     assert all(after[name] == before[name] for name in kept)
     configs = [json.loads(files["config.json"]) for files in (before, after)]
     assert configs[1]["auto_map"].pop("AutoModelForMaskedLM") == "handler.Own"
-    assert (
-        configs[1].pop("auto_map") == json.loads((FIRST_RELEASE / "qk-norm" / "config.json").read_text())["auto_map"]
-    )
+    assert configs[1].pop("auto_map") == AlibiGPTForCausalLM._auto_map
     assert configs[0].pop("auto_map")
     assert configs[0] == configs[1]
 
