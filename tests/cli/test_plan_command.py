@@ -49,7 +49,7 @@ def test_a_folder_a_file_and_a_study_are_read_alike(
 
 def test_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     AlibiGPTConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=2).save_pretrained(tmp_path)
-    text = printed(capsys, str(tmp_path), *SMALL, "--memory_gb", "0.0013")
+    text = printed(capsys, str(tmp_path), *SMALL, "--memory_gb", "0.0012")
     plain, again = (float(number) for number in cells(text, "most at a time"))
     assert again <= plain
     assert cells(text, "fits in 0.0") == ["no", "yes"]
