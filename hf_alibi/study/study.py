@@ -24,6 +24,9 @@ from .plan import Plan
 from .runs import SPEED, SWEEP, Run, all_runs, model_fields, settings
 from .training import new_config
 
+# Other runs need the choices of the sweep, and nothing may run while speed is measured.
+APART = (SWEEP, SPEED)
+
 
 def run_study(
     plan: Plan, plan_file: Path, text: dict[str, Any], folder: Path, patterns: Sequence[str], jobs: int = 1
@@ -47,8 +50,8 @@ def run_study(
         shutil.copyfile(plan_file, folder / "plan.toml")
     runs = chosen(all_runs(plan), patterns)
     failed = []
-    # Other runs need the choices of the sweep, and nothing may run while speed is measured.
-    for question, phase in groupby(runs, lambda run: run.question if run.question in (SWEEP, SPEED) else ""):
+    numbered = [(f"{number}/{len(runs)}", run) for number, run in enumerate(runs, 1)]
+    for question, phase in groupby(numbered, lambda pair: pair[1].question if pair[1].question in APART else ""):
         failed += _make(list(phase), 1 if question == SPEED else jobs, plan, text, folder)
     if plan.sweep:
         write_json(folder / "sweep.json", sweep_choices(plan, folder))
@@ -135,19 +138,19 @@ def command(plan: Plan, run: Run) -> str:
     return f"hf_alibi study {plan.name} --text NAME=FILES --runs {shlex.quote(run.name)}"
 
 
-def _make(runs: list[Run], jobs: int, plan: Plan, text: dict[str, Any], folder: Path) -> list[str]:
+def _make(runs: list[tuple[str, Run]], jobs: int, plan: Plan, text: dict[str, Any], folder: Path) -> list[str]:
     """Makes the runs that are not finished, `jobs` at a time. Returns those that failed, with the reason."""
     choices, failed, running = sweep_choices(plan, folder), [], dict[str, subprocess.Popen]()
     try:
-        for number, run in enumerate(runs, 1):
-            if run.question not in (SWEEP, SPEED) and plan.sweep and run.method not in choices:
+        for number, run in runs:
+            if run.question not in APART and plan.sweep and run.method not in choices:
                 failed.append(f"{run.name} (no run of the sweep for {run.method})")
                 continue
             asked = settings(run, plan, choices)
             if is_finished(run_file(folder, run.name), asked, text):
                 continue
             failed += _wait(running, jobs - 1, folder)
-            print(f"{number}/{len(runs)}  {run.name}", flush=True)
+            print(f"{number}  {run.name}", flush=True)
             request = {"settings": asked, "text": text, "command": command(plan, run), "study": os.getpid()}
             if run.question == SPEED:
                 request["configs"] = speed_configs(plan)
