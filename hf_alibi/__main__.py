@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] in ("", "hf_alibi"):
                 raise
-            raise UserError(missing_package(f"hf_alibi {command}", COMMANDS[command].extra, error)) from error
+            raise UserError(str(missing_package(f"hf_alibi {command}", COMMANDS[command].extra, error))) from error
         module.main(arguments)
 
 

@@ -17,9 +17,11 @@ class UserError(ValueError):
     """A user's bad input. The message says what was wrong and what would be right."""
 
 
-def missing_package(user: str, extra: str, error: ImportError) -> str:
-    """Returns the message for a package that is not installed: who needs it, and which extra installs it."""
-    return f"{user} needs the package {error.name}: pip install 'hf_alibi[{extra}]'"
+def missing_package(user: str, extra: str, error: ImportError) -> ModuleNotFoundError:
+    """Returns the error for a package that is not installed: it says who needs it, and which extra installs it."""
+    return ModuleNotFoundError(
+        f"{user} needs the package {error.name}: pip install 'hf_alibi[{extra}]'", name=error.name
+    )
 
 
 def run(main: Callable[[], None]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def in_two_processes(program: Path, *arguments: str | Path, timeout: int = 600, processes: int = 2) -> str:
+def in_processes(program: Path, *arguments: str | Path, timeout: int = 600, processes: int = 2) -> str:
     """Runs `program` under torchrun, and returns what it prints. It must assert the number of processes itself.
 
     Raises:

@@ -20,8 +20,7 @@ try:
     import datasets
     import evaluate
 except ModuleNotFoundError as error:
-    message = missing_package("hf_alibi.evaluation.metric", "train", error)
-    raise ModuleNotFoundError(message, name=error.name) from error
+    raise missing_package("hf_alibi.evaluation.metric", "train", error) from error
 
 DESCRIPTION = "Perplexity of text under a causal language model, given as an object."
 INPUTS_DESCRIPTION = """

@@ -78,11 +78,14 @@ def check_own_cache(decoder: Any, cache: GrowingCache) -> None:
         )
 
 
+def _attentions(decoder: Any) -> list[Any]:
+    """Returns the attention of each layer; `None` for layers of other pipeline stages, which have none here."""
+    return [getattr(layer, "self_attn", None) for layer in decoder.layers[: decoder.config.num_hidden_layers]]
+
+
 def _known_gains(decoder: Any) -> list[tuple[Tensor, Tensor]] | None:
     """Returns the gains of queries and keys of each layer, or `None` if they do not bound all scores."""
-    layers = decoder.layers[: decoder.config.num_hidden_layers]
-    # With pipeline parallelism, layers of other stages have no attention here.
-    attentions = [getattr(layer, "self_attn", None) for layer in layers]
+    attentions = _attentions(decoder)
     gains = [attention.known_gains() for attention in attentions if type(attention) is AlibiGPTAttention]
     known = [pair for pair in gains if pair is not None]
     return known if len(known) == len(attentions) else None
@@ -90,8 +93,8 @@ def _known_gains(decoder: Any) -> list[tuple[Tensor, Tensor]] | None:
 
 def _slopes_and_gains(decoder: Any) -> Tensor | None:
     """Returns slopes and gains, from which windows follow, in one dimension; `None` if the gains are unknown."""
-    gains = _known_gains(decoder)
-    if gains is None:
+    if _known_gains(decoder) is None:
         return None
     slopes = decoder.slopes(decoder.embed_tokens.weight)
-    return torch.cat([slopes, *(gain.to(slopes).flatten() for pair in gains for gain in pair)]).detach()
+    norms = [norm for attention in _attentions(decoder) for norm in (attention.q_norm, attention.k_norm)]
+    return torch.cat([slopes, *(norm.weight.to(slopes) for norm in norms if norm.weight is not None)]).detach()

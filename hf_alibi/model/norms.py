@@ -82,11 +82,11 @@ def known_gain(norm: Any, heads: int, size: int) -> Tensor | None:
     """
     replaced = vars(norm).get("forward")
     is_changed = replaced is not None and not getattr(replaced, "__qualname__", "").startswith(SUMS_GRADIENTS)
-    is_plain = type(norm) in (AlibiGPTRMSNorm, AlibiGPTHeadRMSNorm)
+    has_heads = type(norm) is AlibiGPTHeadRMSNorm
+    is_plain = has_heads or type(norm) is AlibiGPTRMSNorm
     if not is_plain or is_changed or norm._forward_hooks or norm._forward_pre_hooks:
         return None
     gain: Any = getattr(norm, "weight", None)
-    has_heads = type(norm) is AlibiGPTHeadRMSNorm
     if not has_heads and not norm.elementwise_affine:
         return torch.ones(1) if gain is None else None
     is_whole = type(gain) in (nn.Parameter, Tensor) and not gain.is_meta

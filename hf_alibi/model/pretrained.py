@@ -16,7 +16,7 @@ from .attention import backend
 from .cache_names import only_cache
 from .configuration_alibi_gpt import AlibiGPTConfig
 from .flash import HOW_TO_GET_FLASH_ATTENTION
-from .ranks import check_shares, is_part, weights_of_all_stages
+from .ranks import check_shares, is_part, sizes_of, weights_of_all_stages
 from .saved_code import UploadsCode, save_code
 
 
@@ -66,9 +66,9 @@ class AlibiGPTPreTrainedModel(UploadsCode, PreTrainedModel):
         nothing.
         """
         super().post_init()
-        weights = [re.sub(r"\.\d+", ".*", name) for name, _ in self.named_parameters(remove_duplicate=False)]
-        modules = {name.rpartition(".")[0] for name in weights}
-        fitting = {rule: style for rule, style in self.tp_plan.items() if rule in modules.union(weights)}
+        weights = {re.sub(r"\.\d+", ".*", name) for name, _ in self.named_parameters(remove_duplicate=False)}
+        present = weights | {name.rpartition(".")[0] for name in weights}
+        fitting = {rule: style for rule, style in self.tp_plan.items() if rule in present}
         self.tp_plan = fitting  # type: ignore[misc]
 
     @property
@@ -114,9 +114,9 @@ class AlibiGPTPreTrainedModel(UploadsCode, PreTrainedModel):
             ValueError: If its heads or layers cannot be divided.
         """
         check_shares(model.config, distributed_config)
-        groups = max(getattr(distributed_config, name, None) or 1 for name in ("fsdp_size", "dp_replicate_size"))
+        ranks, groups, copies = sizes_of(distributed_config, "tp_size", "fsdp_size", "dp_replicate_size")
         # With tensor parallelism too, Transformers needs them apart, and `check_shares` allows what then works.
-        if groups > 1 and (getattr(distributed_config, "tp_size", None) or 1) == 1:
+        if max(groups, copies) > 1 and ranks == 1:
             # Otherwise FSDP takes tied weights for two. If the vocabulary does not divide evenly among ranks, it then
             # goes on computing with one of them as it was before the first step of the optimizer.
             model.tie_weights()

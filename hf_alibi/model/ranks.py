@@ -14,6 +14,11 @@ from torch import Tensor, nn
 from .layout import TokenLayout
 
 
+def sizes_of(distributed_config: Any, *names: str) -> list[int]:
+    """Returns these fields of a `DistributedConfig`; 1 for those that are missing or `None`, and for one process."""
+    return [getattr(distributed_config, name, None) or 1 for name in names]
+
+
 def check_shares(config: Any, distributed_config: Any) -> None:
     """Checks that a model can be divided as Transformers' `DistributedConfig` asks.
 
@@ -24,8 +29,7 @@ def check_shares(config: Any, distributed_config: Any) -> None:
     Raises:
         ValueError: If heads, layers or tied embeddings cannot be divided.
     """
-    sizes = [getattr(distributed_config, name, None) or 1 for name in ("tp_size", "pp_size", "fsdp_size")]
-    ranks, stages, groups = sizes
+    ranks, stages, groups = sizes_of(distributed_config, "tp_size", "pp_size", "fsdp_size")
     heads, shared = config.num_attention_heads, config.num_key_value_heads
     if heads % ranks or shared % ranks:
         raise ValueError(

@@ -7,4 +7,4 @@ try:
     import pydantic  # noqa: F401
     import starlette  # noqa: F401
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(missing_package("hf_alibi.serving", "serve", error), name=error.name) from error
+    raise missing_package("hf_alibi.serving", "serve", error) from error

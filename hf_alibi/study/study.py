@@ -29,7 +29,7 @@ APART = (SWEEP, SPEED)
 
 
 def run_study(
-    plan: Plan, plan_file: Path, text: dict[str, Any], folder: Path, patterns: Sequence[str], jobs: int = 1
+    plan: Plan, plan_file: Path, text: dict[str, Any], folder: Path, patterns: Sequence[str], jobs: int
 ) -> None:
     """Runs what is not finished.
 

@@ -6,7 +6,7 @@ try:
     import accelerate  # noqa: F401
     import datasets  # noqa: F401
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(missing_package("hf_alibi.training", "train", error), name=error.name) from error
+    raise missing_package("hf_alibi.training", "train", error) from error
 
 from .context_parallel import ContextParallel
 from .data import load_file_corpus, load_hub_corpus, standard_library_corpus, train_tokenizer

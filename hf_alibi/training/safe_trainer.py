@@ -38,7 +38,7 @@ from huggingface_hub import CommitInfo, HfApi
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SchedulerType
@@ -53,6 +53,11 @@ from .run_record import versions, write_record
 from .stream import EndlessStream
 
 logger = logging.getLogger(__name__)
+
+
+def asks_for_fsdp(args: TrainingArguments) -> bool:
+    """Whether Trainer's arguments, or `accelerate launch` through its environment variable, ask for FSDP."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 class SafeTrainer(Trainer):
@@ -134,8 +139,7 @@ class SafeTrainer(Trainer):
         )
 
     def _warn_if_not_sharded(self) -> None:
-        asked = bool(self.args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-        if asked and self.accelerator.distributed_type.value != "FSDP":
+        if asks_for_fsdp(self.args) and self.accelerator.distributed_type.value != "FSDP":
             logger.warning(
                 "FSDP was asked for, but accelerate ignores it on %s: every process holds the whole model, as in DDP",
                 self.args.device.type,

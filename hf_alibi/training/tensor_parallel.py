@@ -9,7 +9,6 @@ model (`DistributedConfig`), so a model is saved first.
 Transformers cannot save the optimizer of such a model, so a run cannot be resumed.
 """
 
-import os
 import shutil
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from transformers import DistributedConfig, PreTrainedModel, TrainingArguments
 
 from ..errors import UserError
+from .safe_trainer import asks_for_fsdp
 
 
 def divide_heads(model: PreTrainedModel, args: TrainingArguments, size: int) -> PreTrainedModel:
@@ -33,7 +33,7 @@ def divide_heads(model: PreTrainedModel, args: TrainingArguments, size: int) -> 
     ranks = args.world_size
     if ranks % size or ranks == 1:
         raise UserError(f"--tensor_parallel_size {size} does not divide the {ranks} processes")
-    if args.fsdp or args.deepspeed or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+    if asks_for_fsdp(args) or args.deepspeed:
         raise UserError(
             "--tensor_parallel_size divides the model itself, by FSDP2 too, so leave out FSDP and DeepSpeed: start "
             "the processes with torchrun, or with a config as scripts/accelerate/tensor_parallel.yaml"

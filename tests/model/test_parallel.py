@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import ModelFactory
 from safetensors.torch import load_file
+from several_processes import in_processes
 from transformers import AutoModelForCausalLM
-from two_processes import in_two_processes
 
 from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM
 from hf_alibi.positions import FoxGPTConfig, KerpleGPTConfig
@@ -105,7 +105,7 @@ SHAPE: dict[str, Any] = {"vocab_size": 97, "hidden_size": 96, "num_hidden_layers
 
 @pytest.mark.slow
 def test_two_shares_and_two_stages_compute_what_one_process_does(tmp_path: Path) -> None:
-    output = in_two_processes(Path(__file__).with_name("ranks_infer.py"), tmp_path)
+    output = in_processes(Path(__file__).with_name("ranks_infer.py"), tmp_path)
     # No rule of the plan is for modules that the models do not have.
     assert "match nothing" not in output
 
@@ -147,7 +147,7 @@ def check_two_ranks(model: AlibiGPTForCausalLM, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     program, result = tmp_path / "program.py", tmp_path / "result.safetensors"
     program.write_text(PROGRAM)
-    in_two_processes(program, tmp_path / "model", result)
+    in_processes(program, tmp_path / "model", result)
     parallel = load_file(result)
     input_ids = torch.arange(3, 63)[None]
     expected = model(input_ids).logits
@@ -169,7 +169,7 @@ def test_two_shards_compute_what_one_process_does(make_model: ModelFactory, tmp_
     make_model(hidden_size=48, alibi_slopes_trainable=trainable).save_pretrained(tmp_path / "model")
     program, result = tmp_path / "program.py", tmp_path / "result.safetensors"
     program.write_text(SHARDED)
-    in_two_processes(program, tmp_path / "model", result)
+    in_processes(program, tmp_path / "model", result)
     sharded = load_file(result)
     input_ids = torch.arange(1300)[None] % 97
     mask = torch.where(torch.ones(1300, 1300).tril() > 0, 0.25, torch.finfo(torch.float32).min)[None, None]

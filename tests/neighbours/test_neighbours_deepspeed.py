@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from several_processes import launched
 from tiny import VOCAB_SIZE, save_checkpoint, tiny_tokenizer
 from tiny_training import write_rows
 from transformers import AutoModelForCausalLM
-from two_processes import launched
 
 from hf_alibi import AlibiGPTConfig
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from two_processes import in_two_processes
+from several_processes import in_processes
 
 from hf_alibi.training.context_parallel import make_plan
 
@@ -44,7 +44,7 @@ def test_each_rank_gets_the_keys_that_it_needs(parts: list[list[range]], reach: 
 
 @pytest.mark.slow
 def test_two_ranks_compute_what_one_process_does() -> None:
-    output = in_two_processes(Path(__file__).with_name("ranks_context.py"))
+    output = in_processes(Path(__file__).with_name("ranks_context.py"))
     lines = re.findall(r"8,192 tokens, sdpa, (\w+): bytes by head ([\d, ]+); ring attention ([\d,]+) for each", output)
     assert [kind for kind, _, _ in lines] == ["contiguous", "balanced"]
     for _, exchanged, ring in lines:

@@ -15,6 +15,7 @@ import torch
 from conftest import ModelFactory
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
+from several_processes import launched
 from tiny_training import TINY, write_rows
 from transformers import (
     AutoModelForCausalLM,
@@ -23,7 +24,6 @@ from transformers import (
     GPT2LMHeadModel,
     TrainingArguments,
 )
-from two_processes import launched
 
 from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM
 from hf_alibi.cli import train as train_command
@@ -246,7 +246,7 @@ BAD_ARGUMENTS = {
     "validation alone": (["--validation_file", "x.txt"], "needs --train_file"),
     "streaming the default": (["--streaming"], "needs --dataset_name or --train_file"),
     "endless streaming": (["--train_file", "{rows}", "--streaming"], "needs --max_steps"),
-    "impossible training argument": (["--warmup_steps", "-1"], "warmup_steps"),
+    "impossible training argument": (["--warmup_steps", "-1"], r"warmup_steps (>= 0|must be an integer or a float)"),
     "unknown attention": (["--attn_implementation", "slow", "--train_file", "{rows}", *TINY], "slow"),
     "unknown reporter": (["--report_to", "paper", "--train_file", "{rows}", *TINY], "paper is not supported"),
     "block too short": (["--train_file", "{rows}", *TINY, "--block_size", "1"], "at least 3"),
