@@ -1,4 +1,4 @@
-"""Checks of the arguments in `**kwargs` of a forward pass: each is used, known to be harmless, or refused by name.
+"""Checks of the arguments of a forward pass. Each in `**kwargs` is used, known to be harmless, or refused by name.
 
 Transformers' models accept any argument and ignore unknown ones. An ignored mask would give wrong results without any
 error, so this model ignores only arguments that cannot change results.
@@ -8,9 +8,10 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .recording import has_values
+from .recording import has_values, is_recorded
 
 HARMLESS = {
     # They decide what is returned, and `forward` reads them elsewhere.
@@ -53,6 +54,22 @@ UNDERSTOOD = (
     "labels",
     "logits_to_keep",
 )
+
+
+def check_shape(inputs_embeds: Tensor) -> None:
+    """Checks that a pass has tokens.
+
+    Args:
+        inputs_embeds: `[batch, queries, hidden_size]`, the embeddings of the tokens.
+
+    Raises:
+        ValueError: If it has another number of dimensions, or no token.
+    """
+    if inputs_embeds.dim() != 3 or (not is_recorded() and 0 in inputs_embeds.shape):
+        raise ValueError(
+            "input_ids must be [batch, tokens] and inputs_embeds [batch, tokens, hidden_size], with at least one text "
+            f"and one token; embeddings have the shape {list(inputs_embeds.shape)}."
+        )
 
 
 def check_arguments(arguments: dict[str, Any], num_queries: int, cache: Cache | None, cached_layer: int = 0) -> None:

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .alibi import interpolated_slopes
-from .arguments import check_arguments
+from .arguments import check_arguments, check_shape
 from .attention import backend, check_any_bias
 from .cache import WindowedCache
 from .cache_names import CACHE_NAME, only_cache
@@ -108,63 +108,23 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         refuse_torch_context_parallel()
-        kwargs, stage_start = whole_kwargs(kwargs), first_layer(self.layers)
-        shard, one_document = kwargs.pop("context_shard", None), kwargs.pop("one_document", False)
-        past_key_values = only_cache(past_key_values, cache)
-        if past_key_values is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            raise ValueError(
-                "Gradient checkpointing runs each layer again in the backward pass, which would add the tokens to the "
-                "cache twice. Leave the cache out, turn checkpointing off, call model.eval(), or run the model under "
-                "torch.no_grad()."
-            )
+        kwargs = whole_kwargs(kwargs)
+        past_key_values = self._cache_of_pass(only_cache(past_key_values, cache), use_cache, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if shard is not None and (past_key_values is not None or attention_mask is not None):
-            raise ValueError(
-                "With context parallelism, leave out past_key_values and attention_mask: there is no cache, and "
-                "ContextParallel.split has taken the mask into account."
-            )
-        if past_key_values is None and shard is None and self._makes_cache(use_cache):
-            past_key_values = DynamicCache(config=self.config)
-
-        if isinstance(past_key_values, GrowingCache):
-            check_own_cache(self, past_key_values)
-        slopes = self.slopes(inputs_embeds)
-        if is_paged(past_key_values, kwargs):
-            # Continuous batching always passes positions.
-            assert position_ids is not None
-            layout = paged_layout(slopes, attention_mask, position_ids, **kwargs)
-            past_key_values = PagedCache(past_key_values, kwargs)
-        else:
-            packing = Packing.taken_from(kwargs)
-            check_arguments(kwargs, inputs_embeds.shape[1], past_key_values, stage_start)
-            layout = (
-                token_layout(
-                    slopes, inputs_embeds, attention_mask, position_ids, past_key_values, packing, stage_start
-                )
-                if shard is None
-                else shard.whole_layout(slopes)
-            )
-        if one_document:
-            layout.check_one_document()
-        layout = self.with_bias(layout)
-        if not self.has_linear_bias:
-            check_any_bias(self.config._attn_implementation)
-        if shard is not None:
-            layout = shard.own_layout(layout)
+        check_shape(inputs_embeds)
         wanted_states = is_asked("output_hidden_states", kwargs, self.config)
-        kwargs["output_attentions"] = is_asked("output_attentions", kwargs, self.config)
-        if kwargs["output_attentions"] and not backend(self.config._attn_implementation).weights:
-            raise ValueError(
-                f"{self.config._attn_implementation} computes no attention weights for output_attentions; call "
-                "model.set_attn_implementation('eager') first."
-            )
+        kwargs["output_attentions"] = self._computes_weights(kwargs)
+        shard = kwargs.pop("context_shard", None)
+        layout, past_key_values = self._layout_of_pass(
+            inputs_embeds, attention_mask, position_ids, past_key_values, shard, kwargs
+        )
         states, weights = [], []
-        positions = layout.positions() if position_ids is None else position_ids.to(inputs_embeds.device)
         if isinstance(self.layers[0], nn.Identity):
             # A later pipeline stage: these are hidden states, in a dtype that Transformers takes from some parameter.
             hidden_states = inputs_embeds.to(self.dtype)
         else:
+            positions = layout.positions() if position_ids is None else position_ids.to(inputs_embeds.device)
             hidden_states = self.dropout(self.embedding_norm(self.with_positions(inputs_embeds, positions)))
         sealed = SealedLayout(layout)
         # A draft model with early exit lowers num_hidden_layers.
@@ -185,11 +145,71 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         )
         return as_asked(outputs, return_dict, self.config)
 
-    def _makes_cache(self, use_cache: bool | None) -> bool:
-        """Whether forward creates a cache if none is given. Layers that run again in the backward pass need none."""
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return False
-        return bool(self.config.use_cache if use_cache is None else use_cache)
+    def _cache_of_pass(self, cache: Cache | None, use_cache: bool | None, kwargs: dict[str, Any]) -> Cache | None:
+        """Returns the caller's cache, after checks, or a new one if the pass makes one."""
+        # Layers that run again in the backward pass would write to a cache twice.
+        runs_again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if cache is None:
+            wanted = self.config.use_cache if use_cache is None else use_cache
+            makes_cache = wanted and not runs_again and kwargs.get("context_shard") is None
+            return DynamicCache(config=self.config) if makes_cache else None
+        if runs_again:
+            raise ValueError(
+                "Gradient checkpointing runs each layer again in the backward pass, which would add the tokens to the "
+                "cache twice. Leave the cache out, turn checkpointing off, call model.eval(), or run the model under "
+                "torch.no_grad()."
+            )
+        if isinstance(cache, GrowingCache):
+            check_own_cache(self, cache)
+        return cache
+
+    def _computes_weights(self, kwargs: dict[str, Any]) -> bool:
+        """Whether attention weights are asked for, which not every backend computes."""
+        asked = is_asked("output_attentions", kwargs, self.config)
+        if asked and not backend(self.config._attn_implementation).weights:
+            raise ValueError(
+                f"{self.config._attn_implementation} computes no attention weights for output_attentions; call "
+                "model.set_attn_implementation('eager') first."
+            )
+        return asked
+
+    def _layout_of_pass(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        shard: Any,
+        kwargs: dict[str, Any],
+    ) -> tuple[TokenLayout, Cache | PagedCache | None]:
+        """Returns the layout with its bias, and the cache as layers read it. Takes what it uses from `kwargs`."""
+        slopes, one_document = self.slopes(inputs_embeds), kwargs.pop("one_document", False)
+        layer_index = first_layer(self.layers)
+        paged = is_paged(cache, kwargs)
+        if paged:
+            # Continuous batching always passes positions.
+            assert position_ids is not None
+            layout = paged_layout(slopes, attention_mask, position_ids, **kwargs)
+        else:
+            packing = Packing.taken_from(kwargs)
+            check_arguments(kwargs, inputs_embeds.shape[1], cache, layer_index)
+            if shard is None:
+                layout = token_layout(slopes, inputs_embeds, attention_mask, position_ids, cache, packing, layer_index)
+            elif cache is None and attention_mask is None:
+                layout = shard.whole_layout(slopes)
+            else:
+                raise ValueError(
+                    "With context parallelism, leave out past_key_values and attention_mask: there is no cache, and "
+                    "ContextParallel.split has taken the mask into account."
+                )
+        if one_document:
+            layout.check_one_document()
+        layout = self.with_bias(layout)
+        if not self.has_linear_bias:
+            check_any_bias(self.config._attn_implementation)
+        if shard is not None:
+            layout = shard.own_layout(layout)
+        return layout, PagedCache(cache, kwargs) if paged else cache
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves and casts the model, but keeps trained slopes in float32 if weights are cast to 16 bits.

@@ -357,6 +357,12 @@ def test_exactly_one_input_is_needed(make_model: ModelFactory, inputs: dict[str,
         make_model()(**inputs)
 
 
+@pytest.mark.parametrize("input_ids", [tokens()[0], tokens()[:0], tokens()[:, :0]])
+def test_tokens_of_another_shape_are_refused(make_model: ModelFactory, input_ids: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"at least one text and one token; embeddings have the shape \["):
+        make_model()(input_ids)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
