@@ -9,13 +9,24 @@ from recipes import difference, model_of, recipe, tokens
 from torch import Tensor, nn
 
 
+def round_to_int8(linear: nn.Linear, arguments: tuple[Tensor]) -> Tensor:
+    """A hook that rounds the input of a layer to 255 steps, each row by its largest value."""
+    scale = arguments[0].abs().amax(-1, keepdim=True) / 127
+    return (arguments[0] / scale).round() * scale
+
+
 @torch.no_grad()
 def check(
-    quantized: nn.Module, books: str, dequantize: Callable[[nn.Module], Tensor], dtype: torch.dtype = torch.float32
+    quantized: nn.Module,
+    books: str,
+    dequantize: Callable[[nn.Module], Tensor],
+    dtype: torch.dtype = torch.float32,
+    rounds_inputs: bool = False,
 ) -> str:
     """Compares logits with those of a plain model with the dequantized weights, and returns a sentence on both.
 
-    Quantized layers may compute in `dtype`. The tolerance is twice the error that the plain model makes in it.
+    Quantized layers may compute in `dtype`. The tolerance is twice the error that the plain model makes in it. With
+    `rounds_inputs` the plain model rounds the inputs of its layers to 8 bits, as the quantized one does.
     """
     plain = model_of(books)
     text = tokens(2, 90)
@@ -26,6 +37,8 @@ def check(
             weight = dequantize(modules[name])
             assert not torch.equal(weight, linear.weight)
             linear.weight.copy_(weight)
+            if rounds_inputs:
+                linear.register_forward_pre_hook(round_to_int8)
     logits = quantized(text).logits.float()
     expected = plain(text).logits
     error = difference(logits, expected)
@@ -48,6 +61,18 @@ def test_bitsandbytes(books: str, cook: Callable[..., Any], shown: Callable[[str
     model = cook(*recipe("4-bit"))["model"]
     # Its CPU kernel computes in bfloat16 where the CPU can.
     shown("bitsandbytes", "4-bit on the CPU: " + check(model, books, dequantize, torch.bfloat16))
+
+
+def test_bitsandbytes_8_bit(books: str, cook: Callable[..., Any], shown: Callable[[str, str], None]) -> None:
+    pytest.importorskip("bitsandbytes")
+    (code,) = recipe("4-bit")
+    model = cook(code.replace('load_in_4bit=True, bnb_4bit_quant_type="nf4"', "load_in_8bit=True"))["model"]
+
+    def dequantize(linear: Any) -> Tensor:
+        return linear.weight.data * linear.weight.SCB[:, None] / 127
+
+    what = check(model, books, dequantize, torch.bfloat16, rounds_inputs=True)
+    shown("bitsandbytes", f"8-bit on the CPU: {what}")
 
 
 def test_torchao(books: str, cook: Callable[..., Any], shown: Callable[[str, str], None]) -> None:
