@@ -9,24 +9,13 @@ from recipes import difference, model_of, recipe, tokens
 from torch import Tensor, nn
 
 
-def round_to_int8(linear: nn.Linear, arguments: tuple[Tensor]) -> Tensor:
-    """A hook that rounds the input of a layer to 255 steps, each row by its largest value."""
-    scale = arguments[0].abs().amax(-1, keepdim=True) / 127
-    return (arguments[0] / scale).round() * scale
-
-
 @torch.no_grad()
 def check(
-    quantized: nn.Module,
-    books: str,
-    dequantize: Callable[[nn.Module], Tensor],
-    dtype: torch.dtype = torch.float32,
-    rounds_inputs: bool = False,
+    quantized: nn.Module, books: str, dequantize: Callable[[nn.Module], Tensor], dtype: torch.dtype = torch.float32
 ) -> str:
     """Compares logits with those of a plain model with the dequantized weights, and returns a sentence on both.
 
-    Quantized layers may compute in `dtype`. The tolerance is twice the error that the plain model makes in it. With
-    `rounds_inputs` the plain model rounds the inputs of its layers to 8 bits, as the quantized one does.
+    Quantized layers may compute in `dtype`. The tolerance is twice the error that the plain model makes in it.
     """
     plain = model_of(books)
     text = tokens(2, 90)
@@ -37,8 +26,6 @@ def check(
             weight = dequantize(modules[name])
             assert not torch.equal(weight, linear.weight)
             linear.weight.copy_(weight)
-            if rounds_inputs:
-                linear.register_forward_pre_hook(round_to_int8)
     logits = quantized(text).logits.float()
     expected = plain(text).logits
     error = difference(logits, expected)
@@ -71,7 +58,8 @@ def test_bitsandbytes_8_bit(books: str, cook: Callable[..., Any], shown: Callabl
     def dequantize(linear: Any) -> Tensor:
         return linear.weight.data * linear.weight.SCB[:, None] / 127
 
-    what = check(model, books, dequantize, torch.bfloat16, rounds_inputs=True)
+    # It rounds the inputs of a layer to 8 bits, as bfloat16 does.
+    what = check(model, books, dequantize, torch.bfloat16)
     shown("bitsandbytes", f"8-bit on the CPU: {what}")
 
 
