@@ -2,8 +2,9 @@
 
     python -m hf_alibi.study.one_run FOLDER < request.json
 
-The request holds the settings of the run, what the record says beside its results, and the process of the study. A
-trained model is kept in the folder of the study. If the process is killed after training, the next one only tests.
+The request holds the settings of the run, what the record says beside its results, and the process of the study.
+Trained models are kept in the folder of the study. A run whose model exists only tests it: if its process was killed
+after training, or if another run has trained the same, such as the best run of a sweep with as many tokens.
 """
 
 import json
@@ -21,7 +22,7 @@ from ..errors import run
 from ..planning.memory import peak_mib
 from .associative import associative_recall
 from .files import read_json, run_file, write_json
-from .runs import RECALL, SPEED, SWEEP
+from .runs import RECALL, SPEED, SWEEP, training_settings
 from .speed import measure_speed
 from .testing import by_length, copies, interpolated, windows_checked
 from .training import train_run
@@ -37,8 +38,7 @@ def main() -> None:
     if settings["question"] == SPEED:
         record["speed"] = measure_speed(settings, request["configs"])
     else:
-        place = folder / "models" / settings["name"]
-        record["training"] = trained(settings, request["text"], folder, place, request["study"])
+        place, record["training"] = trained(settings, request["text"], folder, request["study"])
         if settings["question"] != SWEEP:
             # The model in memory would go on computing in bfloat16 if it was trained with autocast.
             model: Any = AutoModelForCausalLM.from_pretrained(place)
@@ -47,20 +47,21 @@ def main() -> None:
     write_json(run_file(folder, settings["name"]), record)
 
 
-def trained(settings: dict[str, Any], text: dict[str, Any], folder: Path, place: Path, parent: int) -> dict[str, Any]:
-    """Returns the record of the training of a run, whose model is in `place`, unless an earlier process trained it."""
-    # Written last, so what it describes is complete.
-    earlier = read_json(place / "study.json")
-    if earlier is not None and (earlier["settings"], earlier["text"]) == (settings, text):
-        return earlier["training"]
+def trained(settings: dict[str, Any], text: dict[str, Any], folder: Path, parent: int) -> tuple[Path, dict[str, Any]]:
+    """Returns the folder of a run's model and the record of its training. Trains it if no run of the study has."""
+    place, asked = folder / "models" / settings["name"], training_settings(settings)
+    for earlier in sorted(folder.glob("models/*/study.json")):
+        found = read_json(earlier)
+        if (training_settings(found["settings"]), found["text"]) == (asked, text):
+            return earlier.parent, found["training"]
     shutil.rmtree(place, ignore_errors=True)
     start = peak_mib()
     model, training = train_run(settings, folder / "text", place, parent)
     training |= {"peak_mib": round(peak_mib(), 1), "start_mib": round(start, 1)}
-    if settings["question"] != SWEEP:
-        model.save_pretrained(place)
-        write_json(place / "study.json", {"settings": settings, "text": text, "training": training})
-    return training
+    model.save_pretrained(place)
+    # Written last, so what it describes is complete.
+    write_json(place / "study.json", {"settings": settings, "text": text, "training": training})
+    return place, training
 
 
 def tested(model: PreTrainedModel, settings: dict[str, Any], tests: list[str], text: Path) -> dict[str, Any]:

@@ -70,10 +70,10 @@ class Training:
 @strict
 @dataclass
 class Sweep:
-    """Short runs at the shortest training length, which choose the settings of each method.
+    """Runs at the shortest training length, which choose the settings of each method.
 
     Attributes:
-        tokens: Training tokens of a run.
+        tokens: Training tokens of a run. With those of the main comparison, the best run is its first seed.
         learning_rate: Peak rates to try.
         options: For each method, config fields and the values to try.
         seed: The seed of all runs.

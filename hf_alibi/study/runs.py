@@ -21,6 +21,9 @@ OF_THE_PLAN = (
     "methods", "at_all_lengths", "seeds", "lengths", "tokens", "learning_rate", "text_tokens", "tokens_per_second",
 )  # fmt: skip
 
+# Keys of a run's settings that do not change its model.
+NOT_OF_THE_MODEL = {"name", "question", "variant", "method", "test_lengths", "test"}
+
 # Points along a run at which the windows are recorded, if the plan does not say.
 POINTS = 10
 LONGEST_TEST = 16
@@ -93,6 +96,11 @@ def settings(run: Run, plan: Plan, choices: dict[str, dict[str, Any]]) -> dict[s
     # The chunks in which the text is shuffled, the same at every training length.
     values["training"]["chunk"] = max(plan.training.lengths)
     return values
+
+
+def training_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns those of a run's settings that decide its model."""
+    return {key: value for key, value in settings.items() if key not in NOT_OF_THE_MODEL}
 
 
 def model_fields(run: Run, plan: Plan) -> dict[str, Any]:

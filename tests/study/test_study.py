@@ -101,6 +101,22 @@ def test_a_run_that_was_killed_after_training_is_only_tested_again(study: Study)
         assert again["tests"]["words"][length]["sliding"] == pytest.approx(result["sliding"], rel=1e-6)
 
 
+def test_the_first_seed_is_the_best_run_of_a_sweep_with_as_many_tokens(tmp_path: Path) -> None:
+    text = write_text_file(tmp_path)
+    sweep = "[sweep]\ntokens = 512\nlearning_rate = [1e-3, 1e-4]\n"
+    plan = write_plan(tmp_path, sweep, methods='["alibi"]', seeds="[0, 1]")
+    main([str(plan), "--output_dir", str(tmp_path), "--text", f"train={text}", f"validation={text}", f"words={text}"])
+    swept, first, second = (
+        record(([], tmp_path / "tiny"), name) for name in ("sweep-alibi-0.001", "alibi-L16-s0", "alibi-L16-s1")
+    )
+    assert first["training"] == swept["training"]
+    assert first["training"]["losses"] != second["training"]["losses"]
+    models = [path.name for path in (tmp_path / "tiny" / "models").iterdir()]
+    assert sorted(models) == ["alibi-L16-s1", "sweep-alibi-0.0001", "sweep-alibi-0.001"]
+    # The test reads the model of the sweep.
+    assert first["tests"]["words"]["16"]["nats"] == pytest.approx(first["training"]["evaluations"][-1][1], abs=0.1)
+
+
 def test_two_runs_at_a_time_share_the_cores_and_find_the_same(study: Study, tmp_path: Path) -> None:
     plan, _, _, *text = study[0]
     main([plan, "--output_dir", str(tmp_path), *text, "--jobs", "2"])
