@@ -204,7 +204,10 @@ def _pool(tokenizer: PreTrainedTokenizerBase, num_workers: int | None) -> Any:
     """Returns a pool of processes with this tokenizer, or a context of None if one process is enough."""
     if num_workers is None or num_workers < 2:
         return nullcontext()
-    return ProcessPoolExecutor(num_workers, initializer=_begin_worker, initargs=(tokenizer,))
+    pool = ProcessPoolExecutor(num_workers, initializer=_begin_worker, initargs=(tokenizer,))
+    # Work starts the processes. Those that start after a text was read would have all memory of this one.
+    pool.submit(os.getpid)
+    return pool
 
 
 def _begin_worker(tokenizer: PreTrainedTokenizerBase) -> None:
