@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from ..errors import UserError
 from .packing import positions
@@ -76,8 +76,9 @@ class StoreWriter:
         origin = {"pieces": self.pieces, "text": self.text.hexdigest(), "content": content.hexdigest()}
         path = self.folder / FILE_NAME.format(self.written)
         unfinished = path.with_suffix(".unfinished")
-        # One entry, because safetensors writes several in any order.
-        save_file(tensors, unfinished, {METADATA: json.dumps(origin)})
+        # One entry, because safetensors writes several in any order. Its `save_file` would leave a file with a random
+        # name if it is killed.
+        unfinished.write_bytes(save(tensors, {METADATA: json.dumps(origin)}))
         os.replace(unfinished, path)
         self.written += 1
         self._begin()
