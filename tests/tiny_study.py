@@ -23,7 +23,7 @@ evaluation_tokens = 128
 lengths = [16, 32, 64]
 tokens = 256
 stride = 8
-sliding_tokens = 64
+sliding_targets = 64
 copy_distances = [32, 64]
 copy_tokens = 256
 """

@@ -94,7 +94,7 @@ class Test:
         lengths: Lengths in tokens. A model is tested at those up to 16 times its training length.
         tokens: Targets with non-overlapping windows, a multiple of twice the longest length: of a piece of text.
         stride: Tokens between sliding windows.
-        sliding_tokens: Targets with sliding windows, in the second half of every piece.
+        sliding_targets: Targets with sliding windows, spread over the second half of every piece.
         copy_distances: Tokens from the beginning of a segment to that of its copy; none if empty.
         copy_tokens: Tokens of segment, distance and copy that are read at each distance.
         tokens_per_forward: Most tokens in a forward pass.
@@ -103,7 +103,7 @@ class Test:
     lengths: list[int]
     tokens: int
     stride: int
-    sliding_tokens: int
+    sliding_targets: int
     copy_distances: list[int] = field(default_factory=list)
     copy_tokens: int = 32_768
     tokens_per_forward: int = 8192
@@ -303,10 +303,11 @@ def _check(plan: Plan, where: str) -> None:
             f"{where} [test]: tokens must be a multiple of twice the longest length, and that of every other length"
         )
     pieces = test.tokens // (2 * longest)
-    if not 1 <= test.stride <= min(test.lengths) or test.sliding_tokens % (test.stride * pieces):
+    if not 1 <= test.stride <= min(test.lengths):
+        raise UserError(f"{where} [test]: stride must be from 1 to the shortest length")
+    windows, rest = divmod(test.sliding_targets, test.stride * pieces)
+    if rest or windows < 1 or longest % (windows * test.stride):
         raise UserError(
-            f"{where} [test]: stride must be at most the shortest length, and stride times the {pieces} pieces of the "
-            "text must divide sliding_tokens"
+            f"{where} [test]: sliding_targets must be {pieces}, for the pieces of the text, times a multiple of "
+            "stride that divides the longest length"
         )
-    if not 0 < test.sliding_tokens <= longest * pieces:
-        raise UserError(f"{where} [test]: sliding_tokens must be from 1 to {longest * pieces}, half of tokens")

@@ -2,8 +2,8 @@
 
 Losses are means in nats per token. `evaluation/perplexity.py` explains the protocols. A text is made of pieces of
 twice the longest length, each of one document if documents are long (`text.py`). The targets of the sliding windows
-begin in the middle of each piece, so that every one has its whole context at every length. The same targets are also
-scored with non-overlapping windows (`same_targets`).
+are in the second half of each piece, so that every one has its whole context at every length. The same targets are
+also scored with non-overlapping windows (`same_targets`). `sliding_starts` spreads them over the places in those.
 """
 
 import time
@@ -43,10 +43,8 @@ def by_length(
         tokenizer: For the bits per byte.
     """
     how, results = settings["test"], dict[str, dict[str, Any]]()
-    longest = max(how["lengths"])
     ids = ids[: how["tokens"] + 1]
-    middles = range(longest, how["tokens"], 2 * longest)
-    per_piece = how["sliding_tokens"] // len(middles)
+    stride, starts = how["stride"], sliding_starts(how)
     for length in settings["test_lengths"]:
         if reason := unreadable(model, length):
             results[str(length)] = reason
@@ -55,12 +53,12 @@ def by_length(
         nats = token_nats(model, ids, length, tokens_per_forward=how["tokens_per_forward"])
         seconds = time.perf_counter() - start
         slid, same = [], []
-        for middle in middles:
-            # The first window ends where the targets begin, so its own targets are left out.
-            part = ids[middle - length : middle + per_piece + 1]
-            scored = token_nats(model, part, length, how["stride"], tokens_per_forward=how["tokens_per_forward"])
-            slid.append(scored[length:])
-            same.append(nats[middle : middle + per_piece])
+        for first in starts:
+            # One window, which ends with the targets.
+            end = first + stride
+            window = ids[end - length : end + 1]
+            slid.append(token_nats(model, window, length, tokens_per_forward=how["tokens_per_forward"])[-stride:])
+            same.append(nats[first:end])
         results[str(length)] = {
             "nats": nats.mean().item(),
             "bits_per_byte": bits_per_byte(nats, ids[1:], tokenizer),
@@ -72,6 +70,23 @@ def by_length(
             "sliding_targets": sum(map(len, slid)),
         }
     return results
+
+
+def sliding_starts(how: dict[str, Any]) -> list[int]:
+    """Returns where the targets of each sliding window begin.
+
+    The windows of a piece are equally far apart, but for a shift by `stride` from each to the next. So there are
+    targets in all parts of non-overlapping windows of every length, not only where these begin.
+    """
+    longest, stride = max(how["lengths"]), how["stride"]
+    pieces = range(longest, how["tokens"], 2 * longest)
+    number = how["sliding_targets"] // (stride * len(pieces))
+    apart = longest // number
+    return [
+        middle + window * apart + (piece * number + window) * stride % apart
+        for piece, middle in enumerate(pieces)
+        for window in range(number)
+    ]
 
 
 def _doubled(nats: Tensor, length: int) -> dict[int, float]:

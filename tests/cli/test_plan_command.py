@@ -39,7 +39,7 @@ def test_a_folder_a_file_and_a_study_are_read_alike(
     AlibiGPTConfig(**shape, training_length=64).save_pretrained(tmp_path)
     model = "\n".join(f"{key} = {value}" for key, value in shape.items())
     study = "[training]\ntokens = 640\ntokens_per_step = 64\nlengths = [64]\nseeds = [0]\nevaluation_tokens = 64\n"
-    study += "[test]\nlengths = [64]\ntokens = 128\nstride = 32\nsliding_tokens = 64\n"
+    study += "[test]\nlengths = [64]\ntokens = 128\nstride = 32\nsliding_targets = 64\n"
     (tmp_path / "study.toml").write_text(f"[model]\n{model}\n{study}")
     options = ["--per_device_train_batch_size", "2"]
     texts = {printed(capsys, str(tmp_path / name), *options) for name in ("", "config.json", "study.toml")}

@@ -1,6 +1,8 @@
 """What the study measures: text in the same order at every length, copies, pairs, kept pairs, and protocols."""
 
 import math
+from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,9 @@ import torch
 from hf_alibi import AlibiGPTConfig, AlibiGPTForCausalLM
 from hf_alibi.evaluation.perplexity import token_nats
 from hf_alibi.study.associative import with_pairs
+from hf_alibi.study.plan import PLANS, load_plan
 from hf_alibi.study.records import cell, over_seeds, unconverged
-from hf_alibi.study.testing import by_length, copies, unreadable
+from hf_alibi.study.testing import by_length, copies, sliding_starts, unreadable
 from hf_alibi.study.training import Rows, new_model, parameters
 from hf_alibi.training.watching import kept_fraction, window_record
 
@@ -124,9 +127,9 @@ def test_protocols_score_the_same_targets() -> None:
     fields = {"model_type": "alibi_gpt", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2}
     model = new_model(fields | {"num_attention_heads": 2, "initializer_range": 0.3}).eval()
     ids = torch.randint(3, 300, (257,))
-    # Two pieces of 128 tokens, whose second halves begin with 16 targets each.
-    targets = [*range(64, 80), *range(192, 208)]
-    how = {"lengths": [16, 64], "tokens": 256, "stride": 8, "sliding_tokens": 32, "tokens_per_forward": 512}
+    # Two pieces of 128 tokens, whose second halves have two windows with 8 targets each.
+    targets = [*range(64, 72), *range(104, 112), *range(208, 216), *range(248, 256)]
+    how = {"lengths": [16, 64], "tokens": 256, "stride": 8, "sliding_targets": 32, "tokens_per_forward": 512}
     settings = {"test": how, "test_lengths": [16, 64], "training_length": 16, "method": "alibi"}
     from tiny import tiny_tokenizer
 
@@ -144,6 +147,21 @@ def test_protocols_score_the_same_targets() -> None:
             same = token_nats(model, ids, length)[targets].mean().item()
             assert found[str(length)]["same_targets"] == pytest.approx(same)
             assert found[str(length)]["sliding"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["minutes", "reported", "gpu"])
+def test_sliding_targets_are_in_all_parts_of_the_other_windows(name: str) -> None:
+    how = asdict(load_plan(PLANS / f"{name}.toml").test)
+    starts, stride = sliding_starts(how), how["stride"]
+    longest = max(how["lengths"])
+    assert len(starts) * stride == how["sliding_targets"]
+    assert all(end - start >= stride for start, end in pairwise([*starts, how["tokens"]]))
+    # All of them have a whole window before them in their piece.
+    assert all(start % (2 * longest) >= longest for start in starts)
+    for length in how["lengths"]:
+        # The mean place in a window of this length, from 0 to 1.
+        mean = np.mean([(start % length + stride / 2) / length for start in starts])
+        assert mean == pytest.approx(0.5, abs=0.05)
 
 
 def test_parameters_count_a_tied_embedding_once() -> None:
