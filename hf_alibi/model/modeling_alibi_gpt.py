@@ -115,9 +115,8 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         check_shape(inputs_embeds)
         wanted_states = is_asked("output_hidden_states", kwargs, self.config)
         kwargs["output_attentions"] = self._computes_weights(kwargs)
-        shard = kwargs.pop("context_shard", None)
         layout, past_key_values = self._layout_of_pass(
-            inputs_embeds, attention_mask, position_ids, past_key_values, shard, kwargs
+            inputs_embeds, attention_mask, position_ids, past_key_values, kwargs
         )
         states, weights = [], []
         if isinstance(self.layers[0], nn.Identity):
@@ -179,11 +178,11 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         cache: Cache | None,
-        shard: Any,
         kwargs: dict[str, Any],
     ) -> tuple[TokenLayout, Cache | PagedCache | None]:
         """Returns the layout with its bias, and the cache as layers read it. Takes what it uses from `kwargs`."""
-        slopes, one_document = self.slopes(inputs_embeds), kwargs.pop("one_document", False)
+        shard, one_document = kwargs.pop("context_shard", None), kwargs.pop("one_document", False)
+        slopes = self.slopes(inputs_embeds)
         layer_index = first_layer(self.layers)
         paged = is_paged(cache, kwargs)
         if paged:
