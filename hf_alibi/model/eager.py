@@ -41,6 +41,6 @@ def eager_attention_forward(
     dtype = value.dtype
     slopes = attention_mask.slopes.to(query.device)
     inputs = AttentionInputs(query, key, value, slopes, scaling).to(slopes.dtype).with_all_heads()
-    scores = inputs.query @ inputs.key.transpose(2, 3) * scaling + attention_mask.dense_bias(slopes)
+    scores = inputs.query @ inputs.key.transpose(2, 3) * scaling + attention_mask.dense_bias(slopes, slice(None))
     weights = F.dropout(scores.softmax(-1), dropout)
     return (weights @ inputs.value).to(dtype).transpose(1, 2).contiguous(), weights.to(dtype)

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 # Queries or keys per block, the default size of FlexAttention. Larger blocks compute more masked scores, smaller ones
 # make longer lists.
 BLOCK = 128
+# Queries from which windows are used on a GPU. They become numbers in Python, so the CPU waits for the GPU.
+# docs/speed.md has the measurement.
+MANY_QUERIES = 8192
 # Greater than any position, yet small enough for differences of two such numbers in int32.
 HIDDEN = 2**30
 
@@ -67,9 +70,8 @@ def flex_attention_forward(
     if dropout:
         raise ValueError(f"flex_attention has no dropout, got attention_dropout={dropout}; set it to 0, or use sdpa.")
     inputs = attention_inputs(query, key, value, layout, scaling, dropout)
-    # The windows become Python numbers, so the CPU must wait for the device. For few queries that costs more than
-    # windows save, and a compiled graph does not allow it.
-    if not is_compiled() and query.shape[2] >= QUERY_BLOCK:
+    # A compiled graph does not allow windows, because they become Python numbers.
+    if not is_compiled() and query.shape[2] >= (QUERY_BLOCK if query.device.type == "cpu" else MANY_QUERIES):
         inputs = inputs.with_lossless_windows(module.config.window_tolerance)
     with without_autocast(query.device.type):
         output = alibi_flex_attention(inputs, layout)
@@ -130,7 +132,7 @@ def _bias(inputs: AttentionInputs, layout: TokenLayout) -> "tuple[BlockMask | No
     """Returns the mask of blocks to compute (`None`: all), and the function that adds the bias to a score."""
     query, key, windows = inputs.query, inputs.key, inputs.windows
     if layout.mask is not None:
-        bias = _lookup(layout.dense_bias(inputs.slopes).expand(len(query), -1, -1, -1))
+        bias = _lookup(layout.dense_bias(inputs.slopes, slice(None)).expand(len(query), -1, -1, -1))
         return None, lambda score, b, h, q, k: score + bias(b, h, q, k)
 
     shared = layout.shared
@@ -239,6 +241,8 @@ def _listed(blocks: Tensor, descending: bool = False) -> tuple[Tensor, Tensor]:
         blocks: `[batch, heads, rows, columns]`, boolean.
         descending: Whether the indices of true values descend.
     """
+    # Sorting keeps the strides of its input, and the kernel reads each row as adjacent numbers.
+    blocks = blocks.contiguous()
     last = blocks.shape[-1] - 1
     order = torch.argsort(blocks.flip(-1).int() if descending else blocks.int(), dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32), (last - order if descending else order).int()

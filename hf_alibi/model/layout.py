@@ -86,7 +86,7 @@ class TokenLayout(NamedTuple):
         }
         return self._replace(**moved | {"shared": Shared()})
 
-    def visible(self, rows: slice = slice(None)) -> Tensor:
+    def visible(self, rows: slice) -> Tensor:
         """Returns which keys the queries in `rows` see, `[batch or 1, 1, rows, keys]`, boolean. Ignores `mask`."""
         queries, keys = self.queries[:, None, rows, None], self.keys[:, None, None, :]
         visible = keys <= queries
@@ -154,7 +154,7 @@ class TokenLayout(NamedTuple):
         asked = torch.ones_like(queries, dtype=torch.bool) if self.query_mask is None else self.query_mask
         return find_runs(queries, first, asked, self.key_mask, self.keys.shape[1], most_keys)
 
-    def dense_bias(self, slopes: Tensor, rows: slice = slice(None)) -> Tensor:
+    def dense_bias(self, slopes: Tensor, rows: slice) -> Tensor:
         """Returns bias and mask as one tensor that is added to the scores of the queries in `rows`.
 
         Hidden keys get the lowest finite value, not -inf, so that a query without any visible key has finite weights.
@@ -211,7 +211,7 @@ def token_layout(
     tracing = not has_values(inputs_embeds)
     if isinstance(past, Tensor) and not tracing:
         past = int(past)
-    slots = (torch.arange(num_queries, device=device) + past)[None]
+    slots = (_count(num_queries, device) + past)[None]
     keys = torch.arange(num_keys, device=device)[None]
 
     if attention_mask is not None and not isinstance(attention_mask, Tensor):
@@ -254,6 +254,12 @@ def token_layout(
     if tracing or isinstance(past, Tensor):
         return layout
     return _simplified(layout, batch, past, past + num_queries)
+
+
+def _count(number: int, device: torch.device) -> Tensor:
+    """Returns the numbers below `number`, `[number]`."""
+    # PyTorch cannot compile an `arange` with one element into FlexAttention's kernel for GPUs.
+    return torch.arange(number, device=device) if number > 1 else torch.zeros(number, dtype=torch.long, device=device)
 
 
 def _custom_layout(

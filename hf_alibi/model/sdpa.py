@@ -88,9 +88,9 @@ def _masked(inputs: AttentionInputs, layout: TokenLayout) -> Tensor:
     if is_exported():
         # Some engines support neither shared key-value heads nor a bias of higher precision than the queries.
         exact = inputs.to(inputs.slopes.dtype).with_all_heads()
-        output = kernel(exact, layout.dense_bias(inputs.slopes)).to(inputs.query.dtype)
+        output = kernel(exact, layout.dense_bias(inputs.slopes, slice(None))).to(inputs.query.dtype)
     elif has_any_length(inputs.query, inputs.key):
-        output = kernel(inputs, layout.dense_bias(inputs.slopes))
+        output = kernel(inputs, layout.dense_bias(inputs.slopes, slice(None)))
     else:
         blocks = [slice(start, start + QUERY_BLOCK) for start in range(0, inputs.query.shape[2], QUERY_BLOCK)]
         outputs = [

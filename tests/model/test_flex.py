@@ -127,15 +127,18 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_the_blocks_listed_are_those_with_a_visible_key_in_both_directions(layout: TokenLayout) -> None:
     queries, keys = layout.queries.shape[1], layout.keys.shape[1]
-    batch = len(layout.visible())
+    batch = len(layout.visible(slice(None)))
     mask = flex._visibility(layout, batch, queries, keys).mask
+    # The kernels for GPUs read each row as adjacent numbers.
+    assert all(indices.is_contiguous() for indices in (mask.kv_indices, mask.full_kv_indices))
+    assert all(indices.is_contiguous() for indices in (mask.q_indices, mask.full_q_indices))
     partial, whole = listed(mask.kv_num_blocks, mask.kv_indices), listed(mask.full_kv_num_blocks, mask.full_kv_indices)
     assert torch.equal(partial.mT, listed(mask.q_num_blocks, mask.q_indices))
     assert torch.equal(whole.mT, listed(mask.full_q_num_blocks, mask.full_q_indices))
     real = torch.ones(batch, queries, dtype=torch.bool)
     if layout.query_mask is not None:
         real = layout.query_mask
-    visible = layout.visible() & real[:, None, :, None]
+    visible = layout.visible(slice(None)) & real[:, None, :, None]
     needed = torch.nn.functional.max_pool2d(visible.float(), flex.BLOCK, ceil_mode=True)
     assert torch.equal(dense(partial | whole, queries, keys), dense(needed, queries, keys))
     assert not (partial & whole).any()
@@ -148,7 +151,7 @@ def test_the_blocks_listed_are_those_with_a_visible_key_in_both_directions(layou
 def test_windows_keep_all_blocks_within_and_few_beyond(layout: TokenLayout) -> None:
     windows = [1, 60, 128, 129, 300, 5000]
     queries, keys = layout.queries.shape[1], layout.keys.shape[1]
-    mask = flex._visibility(layout, len(layout.visible()), queries, keys).mask
+    mask = flex._visibility(layout, len(layout.visible(slice(None))), queries, keys).mask
     cut = flex._cut_short(mask, tuple(window // flex.BLOCK + 1 for window in windows))
     distance = (layout.queries[:, None, :, None] - layout.keys[:, None, None, :]).clamp(min=0)
     reach = torch.tensor(windows)[:, None, None]
