@@ -69,7 +69,7 @@ def claim(records: Sequence[Record]) -> str:
             for (variant, length), group in groups.items():
                 if length in (short, long):
                     times, busy = (
-                        [1000 * record["training"][key] / record["training"]["tokens"] for record in group]
+                        [1e6 * record["training"][key] / record["training"]["tokens"] for record in group]
                         for key in ("seconds", "cpu_seconds")
                     )
                     memory = [record["training"]["peak_mib"] - record["training"]["start_mib"] for record in group]
@@ -79,8 +79,8 @@ def claim(records: Sequence[Record]) -> str:
                             name,
                             f"{length:,}",
                             cell(group, text, long),
-                            over_seeds(times, ".3f"),
-                            over_seeds(busy, ".3f"),
+                            over_seeds(times, ".1f"),
+                            over_seeds(busy, ".1f"),
                             over_seeds(memory, ",.0f"),
                         ]
                     )
@@ -88,8 +88,8 @@ def claim(records: Sequence[Record]) -> str:
                 "method",
                 "trained at",
                 f"perplexity at {long:,}",
-                "ms a training token",
-                "CPU ms",
+                "µs a training token",
+                "CPU µs",
                 "MiB of training",
             ]
             parts.append(f"On {text}, trained at {short:,} or {long:,}:\n\n" + markdown(head, rows))

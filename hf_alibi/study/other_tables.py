@@ -117,19 +117,27 @@ def ablations(records: Sequence[Record]) -> str:
                 label(group[0]["settings"]["method"]),
                 str(len(group)),
                 over_seeds(map(final_loss, group), ".3f"),
+                over_seeds(map(_largest_bound, group), ".1f"),
                 *(cell(group, text, length) for length in lengths),
             ]
             for (variant, _), group in grouped(chosen).items()
         ]
-        head = ["variant", "method", "seeds", "held-out loss", *(f"{length:,}" for length in lengths)]
+        head = ["variant", "method", "seeds", "held-out loss", "largest U", *(f"{length:,}" for length in lengths)]
         parts.append(f"On {text}:\n\n" + markdown(head, rows))
     if not parts:
         return ""
     tokens, length = chosen[0]["training"]["tokens"], chosen[0]["settings"]["training_length"]
     return (
         f"## Ablations\n\nEach trained on {tokens:,} tokens at {length:,}. Perplexity with non-overlapping windows by "
-        "length.\n\n" + "\n\n".join(parts)
+        "length. U is the bound on scores in nats at the end, of the layer where it is largest.\n\n"
+        + "\n\n".join(parts)
     )
+
+
+def _largest_bound(record: Record) -> float | None:
+    """Returns the largest U of all layers after the last step, or None without QK-norm."""
+    points = record["training"]["windows"]
+    return max(points[-1]["score_bound"]) if points else None
 
 
 def windows(records: Sequence[Record]) -> str:
@@ -150,7 +158,7 @@ def windows(records: Sequence[Record]) -> str:
         ]
         head = ["step", "U in nats, by layer", "largest query gain", "largest key gain", "keys a query looks at"]
         parts.append(f"{settings['variant']}, seed {settings['seed']}, along training:\n\n" + markdown(head, rows))
-    tested = {name: [one for one in of(records, name) if one["windows"]] for name in (MAIN, WINDOWS, ABLATIONS)}
+    tested = {name: [one for one in of(records, name) if _has_windows(one)] for name in (MAIN, WINDOWS, ABLATIONS)}
     rows = []
     for (variant, length), group in (pair for some in tested.values() for pair in grouped(some).items()):
         checked = [record["windows"] for record in group]
@@ -183,10 +191,14 @@ def windows(records: Sequence[Record]) -> str:
     return (
         "## Head windows in trained models\n\nLoss in nats per token with and without windows at the longest length, "
         "the largest difference at any token, the part of all pairs of query and key within the windows that the "
-        "gains guarantee, and how much faster the windows read the text.\n\n"
-        + markdown(head, rows)
-        + "".join(f"\n\n{part}" for part in parts)
+        "gains guarantee, and how much faster the windows read the text. Only runs on a CPU are here: on a GPU `sdpa` "
+        "has no windows.\n\n" + markdown(head, rows) + "".join(f"\n\n{part}" for part in parts)
     )
+
+
+def _has_windows(record: Record) -> bool:
+    """Whether a run has compared its loss with and without windows."""
+    return record["windows"] is not None and record["environment"]["gpu"] is None
 
 
 def sweep(records: Sequence[Record]) -> str:

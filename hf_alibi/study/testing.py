@@ -108,14 +108,16 @@ def interpolated(model: PreTrainedModel, ids: Tensor, settings: dict[str, Any]) 
 
 
 def windows_checked(model: PreTrainedModel, ids: Tensor, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns loss and time at the longest length with and without windows, or None if the model has no windows.
+    """Returns loss and time at the longest length with and without windows, or None where there are no windows.
+
+    On a GPU `sdpa` has none.
 
     Returns:
         `length`, `nats` and `nats_without`, `largest_difference` of the loss of a token, `seconds` and
         `seconds_without`, and `kept`: the part of all pairs of query and key within the windows.
     """
     record = window_record(model)
-    if record is None or not settings["test_lengths"]:
+    if record is None or not settings["test_lengths"] or model.device.type != "cpu":
         return None
     how, length = settings["test"], max(settings["test_lengths"])
     losses, seconds = [], []
