@@ -130,6 +130,9 @@ def _flat(states: Tensor, index: Tensor | None) -> Tensor:
 
 def reverse_kernel(inputs: AttentionInputs, bias: Tensor) -> Tensor:
     """Computes `kernel` with a bias whose rows are in the reverse order of the queries, as `bias_view` makes it."""
+    if inputs.query.device.type != "cpu":
+        # Only the CPU kernels accept a bias with overlapping strides.
+        bias = bias.to(inputs.query.dtype, copy=True, memory_format=torch.contiguous_format)
     if inputs.query.shape[2] == 1:
         return kernel(inputs, bias)
     return kernel(inputs._replace(query=inputs.query.flip(2)), bias).flip(2)
@@ -146,9 +149,9 @@ def kernel(inputs: AttentionInputs, bias: Tensor) -> Tensor:
         `[batch, heads, queries, head_dim]`.
     """
     query, key, value, dtype = inputs.query, inputs.key, inputs.value, inputs.query.dtype
-    if query.device.type != "cpu":
-        # Only the CPU kernels accept a bias with overlapping strides or with a dtype other than that of the queries.
-        bias = bias.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    if query.device.type != "cpu" and bias.dtype != dtype:
+        # Only the CPU kernels accept a bias in another dtype. The lowest value of one dtype is infinite in another.
+        bias = bias.clamp(min=torch.finfo(dtype).min).to(dtype)
     backend: Any = nullcontext()
     if is_transformed(query, key, value, bias):
         query, key, value = (states.to(bias.dtype) for states in (query, key, value))

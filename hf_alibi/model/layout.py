@@ -31,12 +31,14 @@ class Shared:
     Attributes:
         clear_from: The result of `TokenLayout.clear_from`.
         runs: The result of `TokenLayout.all_runs`.
+        bias: Bias and mask of the whole pass, where `sdpa` stores them.
         blocks: Distances and block mask of FlexAttention.
         near_blocks: Block masks of FlexAttention with windows. The key is the number of full blocks of each head.
     """
 
     clear_from: int | None = None
     runs: Runs | None = None
+    bias: Tensor | None = None
     blocks: Any = None
     near_blocks: dict[tuple[int, ...], Any] = field(default_factory=dict)
 

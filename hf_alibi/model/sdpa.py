@@ -3,20 +3,29 @@
 Where only the future is hidden, and where a batch can be cut into causal runs, the kernels are called tile by tile
 (`causal.py`) and no bias of queries times keys is stored. All other cases store the bias of one block of queries at a
 time.
+
+The kernels for GPUs need a stored bias. A bias of moderate size is stored once for all layers of a pass there.
 """
 
 from itertools import groupby
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import HeldKeys
 from .causal import attention_in_runs, causal_attention, is_one_operator, kernel, reverse_kernel
 from .inputs import AttentionInputs, attention_inputs, without_autocast
 from .layout import TokenLayout
-from .recording import has_any_length, has_values, is_exported
-from .tiles import QUERY_BLOCK
+from .recording import has_any_length, has_values, is_compiled, is_exported
+from .tiles import QUERY_BLOCK, STORED_BIAS
+
+# Devices that never store a bias for all layers: the kernels of the CPU take a view of a line, and on the meta device
+# the same operations are counted as on the CPU.
+WITHOUT_STORED_BIAS = ("cpu", "meta")
+# The kernels for GPUs copy a bias whose rows do not begin at multiples of so many numbers.
+ALIGNMENT = 8
 
 
 def sdpa_attention_forward(
@@ -51,7 +60,9 @@ def sdpa_attention_forward(
     if device == "cpu" and (in_tiles or at_the_end):
         inputs = inputs.with_lossless_windows(module.config.window_tolerance, key_norms)
     with without_autocast(device):
-        if layout.length is not None:
+        if _is_stored(inputs, layout):
+            output = _without_unused(kernel(inputs, _stored_bias(inputs, layout)), layout)
+        elif layout.length is not None:
             output = causal_attention(inputs)
         elif layout.runs is not None:
             output = attention_in_runs(inputs, layout.runs)
@@ -60,6 +71,34 @@ def sdpa_attention_forward(
         else:
             output = _masked(inputs, layout)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _is_stored(inputs: AttentionInputs, layout: TokenLayout) -> bool:
+    """Whether the bias is stored once for all layers. One that is trained is not: its gradient would be as large."""
+    query, key = inputs.query, inputs.key
+    if query.device.type in WITHOUT_STORED_BIAS or is_exported() or has_any_length(query, key):
+        return False
+    if torch.is_grad_enabled() and any(
+        part is not None and part.requires_grad for part in (inputs.slopes, layout.mask)
+    ):
+        return False
+    texts = 1 if layout.length is not None else query.shape[0]
+    return texts * query.shape[1] * query.shape[2] * key.shape[2] <= STORED_BIAS
+
+
+def _stored_bias(inputs: AttentionInputs, layout: TokenLayout) -> Tensor:
+    """Returns bias and mask of the whole pass, `[batch or 1, heads, queries, keys]`, in the dtype of the queries."""
+    bias, dtype = layout.shared.bias, inputs.query.dtype
+    if bias is None or bias.dtype != dtype:
+        keys = inputs.key.shape[2]
+        dense = layout.dense_bias(inputs.slopes, slice(None))[..., :keys]
+        # The lowest value of one dtype is infinite in another.
+        dense = dense.clamp(min=torch.finfo(dtype).min).to(dtype)
+        bias = F.pad(dense, (0, -keys % ALIGNMENT))[..., :keys]
+        # A compiled graph computes equal values once.
+        if not is_compiled():
+            layout.shared.bias = bias
+    return bias
 
 
 def _after_padding(inputs: AttentionInputs, layout: TokenLayout, windows: Tensor) -> Tensor:
@@ -98,6 +137,11 @@ def _masked(inputs: AttentionInputs, layout: TokenLayout) -> Tensor:
             for rows in blocks
         ]
         output = torch.cat(outputs, dim=2)
+    return _without_unused(output, layout)
+
+
+def _without_unused(output: Tensor, layout: TokenLayout) -> Tensor:
+    """Returns the output with zeros at padding whose output is unused."""
     if layout.query_mask is None:
         return output
     return output.masked_fill(~layout.query_mask[:, None, :, None], 0)

@@ -43,6 +43,9 @@ SHARED_KEYS = 2048
 # Queries per kernel call where the bias is stored. More queries take more memory, fewer need more kernel calls. From
 # this number of queries on, runs and the norms of all keys are worth their cost.
 QUERY_BLOCK = 512
+# Numbers in the bias of a pass up to which a GPU stores it once for all layers: 256 MiB in 16 bits. A larger number
+# needs more memory, a smaller one needs more kernel calls in each layer.
+STORED_BIAS = 2**27
 # Windows are rounded up to a multiple of this number of keys. A coarser grain computes more keys than needed, but lets
 # more heads share a tile.
 GRAIN = 128

@@ -96,13 +96,14 @@ def _memory(config: PreTrainedConfig, run: Run) -> str:
     rows = [["GiB a rank", "plain", "checkpointing"]]
     rows += [list(row) for row in zip(names, *columns, strict=True)]
     size = (run.setup.autocast or run.setup.dtype).itemsize
-    bias = stored_bias_bytes(config, run.setup.length, torch.float16 if size == 2 else torch.float32) / GIB
+    bias, shared = stored_bias_bytes(config, run.setup.length, torch.float16 if size == 2 else torch.float32)
+    of_what = "for all layers" if shared else "a layer, with checkpointing of one layer at a time"
     return "\n".join(
         [
             counts,
             "",
             aligned(rows, left=[0]),
-            f"sdpa on a GPU keeps its bias too: {bias:,.2f} GiB a layer, with checkpointing of one layer at a time",
+            f"sdpa on a GPU keeps its bias too: {bias / GIB:,.2f} GiB {of_what}",
         ]
     )
 

@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .. import positions  # noqa: F401  registers its models with the Auto classes
 from ..model import causal
 from ..model.inputs import QUERY_BLOCK
-from ..model.tiles import FEW_KEYS, query_tiles
+from ..model.tiles import FEW_KEYS, STORED_BIAS, query_tiles
 
 
 @dataclass(frozen=True)
@@ -296,8 +296,14 @@ def _in_windows(counts: dict[Any, int], part: dict[Any, tuple[int, int]]) -> int
     return total
 
 
-def stored_bias_bytes(config: PreTrainedConfig, length: int, dtype: torch.dtype) -> int:
-    """Returns the bytes of the bias of one layer that `sdpa` keeps for the backward pass on a GPU."""
-    query = torch.empty(1, config.num_attention_heads, length, config.head_dim, device="meta")
+def stored_bias_bytes(config: PreTrainedConfig, length: int, dtype: torch.dtype) -> tuple[int, bool]:
+    """Returns the bytes of the bias that `sdpa` keeps for the backward pass on a GPU, and whether layers share them.
+
+    Otherwise they are those of one layer.
+    """
+    heads = config.num_attention_heads
+    if heads * length**2 <= STORED_BIAS and not config.alibi_slopes_trainable:
+        return heads * length**2 * dtype.itemsize, True
+    query = torch.empty(1, heads, length, config.head_dim, device="meta")
     scores = sum(tile.blocks * tile.num_queries * tile.num_keys for tile in query_tiles(query, query, None))
-    return config.num_attention_heads * scores * dtype.itemsize
+    return heads * scores * dtype.itemsize, False

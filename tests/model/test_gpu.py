@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils import is_flash_attn_2_available, is_kernels_available
 
 from hf_alibi import AlibiGPTConfig
-from hf_alibi.model import flex
+from hf_alibi.model import flex, sdpa
 from hf_alibi.model.attention import backend as backend_of
 from hf_alibi.model.layout import TokenLayout
 
@@ -113,6 +113,13 @@ def test_forward_and_gradients(backend: str, heads: int, kv_heads: int, length: 
 def test_queries_at_the_end_of_a_cache(backend: str, queries: int, keys: int) -> None:
     inputs = states(8, 2, queries, keys, torch.bfloat16)
     assert_as_accurate_as_textbook(attend(backend, inputs, end_of_cache(8, queries, keys, DEVICE)), inputs)
+
+
+@pytest.mark.parametrize("queries", [1, 300, 1000])
+def test_a_bias_that_is_too_large_to_store(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sdpa, "STORED_BIAS", 0)
+    inputs = states(8, 2, queries, 1000, torch.bfloat16)
+    assert_as_accurate_as_textbook(attend("sdpa", inputs, end_of_cache(8, queries, 1000, DEVICE)), inputs)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
