@@ -154,6 +154,29 @@ def _early_tokens(records: Sequence[Record], text: str) -> str:
     )
 
 
+def by_context(records: Sequence[Record]) -> str:
+    """Loss by tokens of context within the training length."""
+    main = of(records, MAIN)
+    parts = []
+    for text in texts_of(main):
+        found = {
+            (variant, length): [record["tests"][text].get(str(length), {}).get("by_position", {}) for record in group]
+            for (variant, length), group in grouped(main).items()
+        }
+        ends = sorted({int(end) for group in found.values() for losses in group for end in losses})
+        rows = [
+            [label(variant), f"{length:,}", *(over_seeds(losses.get(str(end)) for losses in group) for end in ends)]
+            for (variant, length), group in found.items()
+        ]
+        parts.append(f"On {text}:\n\n" + markdown(["method", "trained at", *(f"to {end:,}" for end in ends)], rows))
+    if not parts:
+        return ""
+    return (
+        "## Loss by tokens of context\n\nNats per token in windows of the training length, by the place in the window: "
+        "the columns double.\n\n" + "\n\n".join(parts)
+    )
+
+
 def _paper() -> str:
     rows = []
     for line in PAPER["extrapolation_ppl"]:

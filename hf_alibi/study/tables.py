@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 
-from .length_tables import alibi_by_seed, claim, extrapolation, interpolation, models
+from .length_tables import alibi_by_seed, by_context, claim, extrapolation, interpolation, models
 from .other_tables import ablations, machines, recall, speed, sweep, windows
 from .records import Record
 
 PARTS = (
-    models, claim, extrapolation, alibi_by_seed, interpolation, recall, speed, ablations, windows, sweep, machines
+    models, claim, extrapolation, alibi_by_seed, by_context, interpolation, recall, speed, ablations, windows, sweep,
+    machines,
 )  # fmt: skip
 
 
