@@ -172,8 +172,8 @@ def by_context(records: Sequence[Record]) -> str:
     if not parts:
         return ""
     return (
-        "## Loss by tokens of context\n\nNats per token in windows of the training length, by the place in the window. "
-        "Each column ends at twice the place of the one before.\n\n" + "\n\n".join(parts)
+        "## Loss by tokens of context\n\nNats per token in windows of the training length, by the place in the "
+        "window. Each column ends at twice the place of the one before.\n\n" + "\n\n".join(parts)
     )
 
 
