@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 # Queries or keys per block, the default size of FlexAttention. Larger blocks compute more masked scores, smaller ones
 # make longer lists.
 BLOCK = 128
-# Queries from which windows are used on a GPU. They become numbers in Python, so the CPU waits for the GPU.
+# Queries times keys from which windows are used on a GPU. They become numbers in Python, so the CPU waits for the GPU.
 # docs/speed.md has the measurement.
-MANY_QUERIES = 8192
+MANY_PAIRS = 8192**2
 # Greater than any position, yet small enough for differences of two such numbers in int32.
 HIDDEN = 2**30
 
@@ -70,8 +70,9 @@ def flex_attention_forward(
     if dropout:
         raise ValueError(f"flex_attention has no dropout, got attention_dropout={dropout}; set it to 0, or use sdpa.")
     inputs = attention_inputs(query, key, value, layout, scaling, dropout)
+    is_worth_it = query.device.type == "cpu" or query.shape[2] * key.shape[2] >= MANY_PAIRS
     # A compiled graph does not allow windows, because they become Python numbers.
-    if not is_compiled() and query.shape[2] >= (QUERY_BLOCK if query.device.type == "cpu" else MANY_QUERIES):
+    if not is_compiled() and query.shape[2] >= QUERY_BLOCK and is_worth_it:
         inputs = inputs.with_lossless_windows(module.config.window_tolerance)
     with without_autocast(query.device.type):
         output = alibi_flex_attention(inputs, layout)
