@@ -88,17 +88,25 @@ def _is_stored(inputs: AttentionInputs, layout: TokenLayout) -> bool:
 
 def _stored_bias(inputs: AttentionInputs, layout: TokenLayout) -> Tensor:
     """Returns bias and mask of the whole pass, `[batch or 1, heads, queries, keys]`, in the dtype of the queries."""
-    bias, dtype = layout.shared.bias, inputs.query.dtype
-    if bias is None or bias.dtype != dtype:
-        keys = inputs.key.shape[2]
-        dense = layout.dense_bias(inputs.slopes, slice(None))[..., :keys]
-        # The lowest value of one dtype is infinite in another.
-        dense = dense.clamp(min=torch.finfo(dtype).min).to(dtype)
-        bias = F.pad(dense, (0, -keys % ALIGNMENT))[..., :keys]
+    bias, dtype, keys = layout.shared.bias, inputs.query.dtype, inputs.key.shape[2]
+    if bias is None or bias.dtype != dtype or bias.shape[3] != keys:
+
+        def of(rows: slice) -> Tensor:
+            dense = layout.dense_bias(inputs.slopes, rows)[..., :keys]
+            # The lowest value of one dtype is infinite in another.
+            return F.pad(dense.clamp(min=torch.finfo(dtype).min).to(dtype), (0, -keys % ALIGNMENT))
+
+        # Block by block, because `dense_bias` needs several times the memory of its result.
+        bias = torch.cat([of(rows) for rows in _blocks(inputs.query)], dim=2)[..., :keys]
         # A compiled graph computes equal values once.
         if not is_compiled():
             layout.shared.bias = bias
     return bias
+
+
+def _blocks(query: Tensor) -> list[slice]:
+    """Returns blocks of `QUERY_BLOCK` queries."""
+    return [slice(start, start + QUERY_BLOCK) for start in range(0, query.shape[2], QUERY_BLOCK)]
 
 
 def _after_padding(inputs: AttentionInputs, layout: TokenLayout, windows: Tensor) -> Tensor:
@@ -131,10 +139,9 @@ def _masked(inputs: AttentionInputs, layout: TokenLayout) -> Tensor:
     elif has_any_length(inputs.query, inputs.key):
         output = kernel(inputs, layout.dense_bias(inputs.slopes, slice(None)))
     else:
-        blocks = [slice(start, start + QUERY_BLOCK) for start in range(0, inputs.query.shape[2], QUERY_BLOCK)]
         outputs = [
             kernel(inputs._replace(query=inputs.query[:, :, rows]), layout.dense_bias(inputs.slopes, rows))
-            for rows in blocks
+            for rows in _blocks(inputs.query)
         ]
         output = torch.cat(outputs, dim=2)
     return _without_unused(output, layout)

@@ -87,6 +87,17 @@ def test_decoding_with_a_cache(made: list[Tensor], make_model: ModelFactory, sta
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
+def test_a_long_text_has_one_bias_too(made: list[Tensor], make_model: ModelFactory) -> None:
+    model, input_ids = make_model(), torch.randint(3, 97, (1, 1100), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(input_ids, use_cache=False).logits
+        model.set_attn_implementation("eager")
+        expected = model(input_ids, use_cache=False).logits
+    assert [bias.shape for bias in made] == [(1, 6, 1100, 1100)]
+    assert made[0].stride(2) % sdpa.ALIGNMENT == 0
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("fields", [{"alibi_slopes_trainable": True}, {}], ids=["trained-slopes", "too-large"])
 def test_other_biases_are_not_stored(
     made: list[Tensor], make_model: ModelFactory, fields: dict[str, bool], monkeypatch: pytest.MonkeyPatch
