@@ -30,7 +30,7 @@ from .inputs import AttentionInputs
 from .private_torch import CPU_FLASH, CPU_FLASH_BACKWARD, TRANSFORMS_ARE_ACTIVE, has_own_operator
 from .recording import has_values, is_compiled
 from .runs import Runs
-from .tiles import FULL_SPEED, NEAR_BLOCK, Tile, in_pieces, joined, key_tiles, query_tiles
+from .tiles import FULL_SPEED, NEAR_BLOCK, Tile, in_pieces, joined, key_tiles, query_tiles, stored_queries
 
 # Keys per group in the gradient of the slopes, in which distances are measured from the start of a group. Smaller
 # groups keep these distances small, hence rounding low, but add more columns to every matrix product.
@@ -60,7 +60,7 @@ def causal_attention(inputs: AttentionInputs) -> Tensor:
     outputs = []
     line = _line(query, inputs.key, slopes)
     # Without windows every head sees the same keys, so a tile contains all heads.
-    for tile in query_tiles(query, inputs.key, None):
+    for tile in query_tiles(query, inputs.key, None, stored_queries(query, inputs.key)):
         states = tile.of_queries(query), tile.of_keys(inputs.key), tile.of_keys(inputs.value)
         bias = tile.bias(line, _corner(tile, query.shape[2]))
         outputs.append(reverse_kernel(inputs.with_states(*states), bias))

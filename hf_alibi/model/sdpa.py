@@ -19,7 +19,7 @@ from .causal import attention_in_runs, causal_attention, is_one_operator, kernel
 from .inputs import AttentionInputs, attention_inputs, without_autocast
 from .layout import TokenLayout
 from .recording import has_any_length, has_values, is_compiled, is_exported
-from .tiles import QUERY_BLOCK, STORED_BIAS
+from .tiles import QUERY_BLOCK, STORED_BIAS, stored_queries
 
 # Devices that never store a bias for all layers: the kernels of the CPU take a view of a line, and on the meta device
 # the same operations are counted as on the CPU.
@@ -97,16 +97,18 @@ def _stored_bias(inputs: AttentionInputs, layout: TokenLayout) -> Tensor:
             return F.pad(dense.clamp(min=torch.finfo(dtype).min).to(dtype), (0, -keys % ALIGNMENT))
 
         # Block by block, because `dense_bias` needs several times the memory of its result.
-        bias = torch.cat([of(rows) for rows in _blocks(inputs.query)], dim=2)[..., :keys]
+        bias = torch.cat([of(rows) for rows in _blocks(inputs)], dim=2)[..., :keys]
         # A compiled graph computes equal values once.
         if not is_compiled():
             layout.shared.bias = bias
     return bias
 
 
-def _blocks(query: Tensor) -> list[slice]:
-    """Returns blocks of `QUERY_BLOCK` queries."""
-    return [slice(start, start + QUERY_BLOCK) for start in range(0, query.shape[2], QUERY_BLOCK)]
+def _blocks(inputs: AttentionInputs) -> list[slice]:
+    """Returns blocks of queries, of each of which the bias can be stored."""
+    query = inputs.query
+    size = min(QUERY_BLOCK, stored_queries(query, inputs.key, query.shape[0]))
+    return [slice(start, start + size) for start in range(0, query.shape[2], size)]
 
 
 def _after_padding(inputs: AttentionInputs, layout: TokenLayout, windows: Tensor) -> Tensor:
@@ -141,7 +143,7 @@ def _masked(inputs: AttentionInputs, layout: TokenLayout) -> Tensor:
     else:
         outputs = [
             kernel(inputs._replace(query=inputs.query[:, :, rows]), layout.dense_bias(inputs.slopes, rows))
-            for rows in _blocks(inputs.query)
+            for rows in _blocks(inputs)
         ]
         output = torch.cat(outputs, dim=2)
     return _without_unused(output, layout)

@@ -46,6 +46,8 @@ QUERY_BLOCK = 512
 # Numbers in the bias of a pass up to which a GPU stores it once for all layers: 256 MiB in 16 bits. A larger number
 # needs more memory, a smaller one needs more kernel calls in each layer.
 STORED_BIAS = 2**27
+# Numbers in a bias that is stored for one kernel call: 512 MiB in 16 bits. Kernels for GPUs fail at 2^31.
+CALL_BIAS = 2**28
 # Windows are rounded up to a multiple of this number of keys. A coarser grain computes more keys than needed, but lets
 # more heads share a tile.
 GRAIN = 128
@@ -125,19 +127,31 @@ def _cut(states: Tensor, rows: slice, blocks: int, step: int) -> Tensor:
     return states[:, 0, rows.start : last].unfold(1, rows.stop - rows.start, step).movedim(-1, 2)
 
 
-def query_tiles(query: Tensor, key: Tensor, windows: Tensor | None) -> Iterator[Tile]:
+def stored_queries(query: Tensor, key: Tensor, texts: int = 1) -> int:
+    """Returns for how many queries the bias of all heads can be stored for one kernel call.
+
+    Args:
+        query: `[batch, heads, queries, head_dim]`. Only the shape is used.
+        key: `[batch, key_value_heads, keys, head_dim]`. Only the shape is used.
+        texts: Texts that have a bias of their own.
+    """
+    return max(1, CALL_BIAS // (texts * query.shape[1] * key.shape[2]))
+
+
+def query_tiles(query: Tensor, key: Tensor, windows: Tensor | None, most: int = FULL_SPEED) -> Iterator[Tile]:
     """Yields tiles that contain every query of every head once, with all keys that it sees.
 
     Args:
         query: `[batch, heads, queries, head_dim]`. Only the shape is used. The queries belong to the last keys.
         key: `[batch, key_value_heads, keys, head_dim]`. Only the shape is used.
         windows: `[heads]`, the distance that each query head sees; `None` for no limit.
+        most: Queries that a tile may have.
     """
     num_queries, num_keys = query.shape[2], key.shape[2]
     past = num_keys - num_queries
     reach, size = _reach(query, key, windows), query.shape[1] // key.shape[1]
     for is_far, alike in groupby(range(len(reach)), key=lambda head: reach[head] >= FAR):
-        block, members = FULL_SPEED if is_far else NEAR_BLOCK, list(alike)
+        block, members = min(most, FULL_SPEED if is_far else NEAR_BLOCK), list(alike)
         for start in range(0, num_queries, block):
             stop = min(start + block, num_queries)
             seen = [min(reach[head], past + start) for head in members]

@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .. import positions  # noqa: F401  registers its models with the Auto classes
 from ..model import causal
 from ..model.inputs import QUERY_BLOCK
-from ..model.tiles import FEW_KEYS, STORED_BIAS, query_tiles
+from ..model.tiles import FEW_KEYS, STORED_BIAS, query_tiles, stored_queries
 
 
 @dataclass(frozen=True)
@@ -305,5 +305,6 @@ def stored_bias_bytes(config: PreTrainedConfig, length: int, dtype: torch.dtype)
     if heads * length**2 <= STORED_BIAS and not config.alibi_slopes_trainable:
         return heads * length**2 * dtype.itemsize, True
     query = torch.empty(1, heads, length, config.head_dim, device="meta")
-    scores = sum(tile.blocks * tile.num_queries * tile.num_keys for tile in query_tiles(query, query, None))
+    tiles = query_tiles(query, query, None, stored_queries(query, query))
+    scores = sum(tile.blocks * tile.num_queries * tile.num_keys for tile in tiles)
     return heads * scores * dtype.itemsize, False

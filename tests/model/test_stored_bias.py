@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from hf_alibi import AlibiGPTForCausalLM
-from hf_alibi.model import sdpa
+from hf_alibi.model import causal, sdpa, tiles
 
 LENGTH = 111
 INPUTS: dict[str, dict[str, Tensor]] = {
@@ -96,6 +96,28 @@ def test_a_long_text_has_one_bias_too(made: list[Tensor], make_model: ModelFacto
     assert [bias.shape for bias in made] == [(1, 6, 1100, 1100)]
     assert made[0].stride(2) % sdpa.ALIGNMENT == 0
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_no_call_has_a_larger_bias_than_allowed(
+    make_model: ModelFactory, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    largest = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(query: Tensor, key: Tensor, *others: Any, attn_mask: Tensor, **kwargs: Any) -> Tensor:
+        largest.append(attn_mask.untyped_storage().nbytes() // attn_mask.element_size())
+        return original(query, key, *others, attn_mask=attn_mask, **kwargs)
+
+    model = make_model().double()
+    expected = results(model, "eager", INPUTS[name])
+    monkeypatch.setattr(sdpa, "is_one_operator", lambda *_: False)
+    monkeypatch.setattr(causal, "is_one_operator", lambda *_: False)
+    monkeypatch.setattr(tiles, "CALL_BIAS", 18 * LENGTH * 7)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    for actual, exact in zip(results(model, "sdpa", INPUTS[name]), expected, strict=True):
+        torch.testing.assert_close(actual, exact, rtol=0, atol=1e-12 * max(1.0, exact.abs().max().item()))
+    assert 0 < max(largest) <= 18 * LENGTH * 7
 
 
 @pytest.mark.parametrize("fields", [{"alibi_slopes_trainable": True}, {}], ids=["trained-slopes", "too-large"])
