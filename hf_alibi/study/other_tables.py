@@ -108,6 +108,7 @@ def speed(records: Sequence[Record]) -> str:
 def ablations(records: Sequence[Record]) -> str:
     """Variants of ALiBi at each length."""
     chosen = of(records, ABLATIONS)
+    usual = _losses_of_the_usual_model(records)
     parts = []
     for text in texts_of(chosen):
         lengths = lengths_of(chosen, text)
@@ -117,21 +118,39 @@ def ablations(records: Sequence[Record]) -> str:
                 label(group[0]["settings"]["method"]),
                 str(len(group)),
                 over_seeds(map(final_loss, group), ".3f"),
+                over_seeds(_differences(group, usual), "+.3f"),
                 over_seeds(map(_largest_bound, group), ".1f"),
                 *(cell(group, text, length) for length in lengths),
             ]
             for (variant, _), group in grouped(chosen).items()
         ]
-        head = ["variant", "method", "seeds", "held-out loss", "largest U", *(f"{length:,}" for length in lengths)]
+        head = ["variant", "method", "seeds", "held-out loss", "difference", "largest U"]
+        head += [f"{length:,}" for length in lengths]
         parts.append(f"On {text}:\n\n" + markdown(head, rows))
     if not parts:
         return ""
     tokens, length = chosen[0]["training"]["tokens"], chosen[0]["settings"]["training_length"]
     return (
         f"## Ablations\n\nEach trained on {tokens:,} tokens at {length:,}. Perplexity with non-overlapping windows by "
-        "length. U is the bound on scores in nats at the end, of the layer where it is largest.\n\n"
-        + "\n\n".join(parts)
+        "length. The difference is the loss minus that of the comparison's model with the same seed. U is the bound "
+        "on scores in nats at the end, of the layer where it is largest.\n\n" + "\n\n".join(parts)
     )
+
+
+def _losses_of_the_usual_model(records: Sequence[Record]) -> dict[int, float]:
+    """Returns the loss by seed of the ablation whose model is ALiBi's of the main comparison."""
+    usual = [record["settings"]["config"] for record in of(records, MAIN) if record["settings"]["method"] == "alibi"]
+    return {
+        record["settings"]["seed"]: final_loss(record)
+        for record in of(records, ABLATIONS)
+        if record["settings"]["method"] == "alibi" and record["settings"]["config"] in usual
+    }
+
+
+def _differences(group: Sequence[Record], usual: dict[int, float]) -> list[float]:
+    """Returns the loss of each seed without that of the usual model with the same seed."""
+    pairs = [(final_loss(record), usual.get(record["settings"]["seed"])) for record in group]
+    return [loss - other for loss, other in pairs if other is not None]
 
 
 def _largest_bound(record: Record) -> float | None:
