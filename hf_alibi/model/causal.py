@@ -150,8 +150,8 @@ def kernel(inputs: AttentionInputs, bias: Tensor) -> Tensor:
     """
     query, key, value, dtype = inputs.query, inputs.key, inputs.value, inputs.query.dtype
     if query.device.type != "cpu" and bias.dtype != dtype:
-        # Only the CPU kernels accept a bias in another dtype. The lowest value of one dtype is infinite in another.
-        bias = bias.clamp(min=torch.finfo(dtype).min).to(dtype)
+        # Only the CPU kernels accept a bias in another dtype.
+        bias = in_dtype(bias, dtype)
     backend: Any = nullcontext()
     if is_transformed(query, key, value, bias):
         query, key, value = (states.to(bias.dtype) for states in (query, key, value))
@@ -168,6 +168,11 @@ def kernel(inputs: AttentionInputs, bias: Tensor) -> Tensor:
             enable_gqa=True if query.shape[1] != key.shape[1] else False,  # noqa: SIM210
         )
     return output.to(dtype)
+
+
+def in_dtype(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a bias in another dtype. The lowest value stays finite: that of one dtype is infinite in another."""
+    return bias.clamp(min=torch.finfo(dtype).min).to(dtype)
 
 
 def _line(query: Tensor, key: Tensor, slopes: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import HeldKeys
-from .causal import attention_in_runs, causal_attention, is_one_operator, kernel, reverse_kernel
+from .causal import attention_in_runs, causal_attention, in_dtype, is_one_operator, kernel, reverse_kernel
 from .inputs import AttentionInputs, attention_inputs, without_autocast
 from .layout import TokenLayout
 from .recording import has_any_length, has_values, is_compiled, is_exported
@@ -93,8 +93,7 @@ def _stored_bias(inputs: AttentionInputs, layout: TokenLayout) -> Tensor:
 
         def of(rows: slice) -> Tensor:
             dense = layout.dense_bias(inputs.slopes, rows)[..., :keys]
-            # The lowest value of one dtype is infinite in another.
-            return F.pad(dense.clamp(min=torch.finfo(dtype).min).to(dtype), (0, -keys % ALIGNMENT))
+            return F.pad(in_dtype(dense, dtype), (0, -keys % ALIGNMENT))
 
         # Block by block, because `dense_bias` needs several times the memory of its result.
         bias = torch.cat([of(rows) for rows in _blocks(inputs)], dim=2)[..., :keys]

@@ -89,9 +89,10 @@ def assert_as_accurate_as_textbook(
 
     expected = with_gradients(exact, exact_inputs)
     actual, plain = with_gradients(output, inputs), with_gradients(textbook(inputs, visible), inputs)
-    # In float32, fused kernels compute the scores again in the backward pass, with up to 2.6 times the error.
-    factor = 4.0 if dtype == torch.float32 else 1.2
+    factor = 2.0 if dtype == torch.float32 else 1.2
     assert (actual[0] - expected[0]).abs().max() <= factor * (plain[0] - expected[0]).abs().max()
+    # In float32, fused kernels compute the scores again in the backward pass: 2.1 and 2.5 times the error on an H200.
+    factor = 4.0 if dtype == torch.float32 else 1.2
     for gradient, allowed, true in zip(actual[1:], plain[1:], expected[1:], strict=True):
         assert (gradient - true).norm() <= factor * (allowed - true).norm()
 

@@ -46,7 +46,7 @@ def test_the_docs_quote_the_tables(name: str) -> None:
     text = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
     section = re.search(rf"^## Results of the plan `{name}`\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)
     assert section is not None
-    quoted = re.findall(r"\d+\.\d\d+", section[1])
+    quoted = re.findall(r"\d+\.\d+", section[1])
     tables = (ROOT / "results" / name / "tables.md").read_text(encoding="utf-8")
     assert len(quoted) > 10
     assert [figure for figure in quoted if figure not in tables] == []
