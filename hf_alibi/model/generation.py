@@ -69,13 +69,29 @@ class AlibiGenerationMixin(GenerationMixin):
             if generation_config.is_assistant:
                 cache.activate_past_recording()
             model_kwargs[CACHE_NAME] = cache
-        in_one_piece = generation_config.output_hidden_states or model_kwargs.get("inputs_embeds") is not None
+        in_one_piece = (
+            generation_config.output_hidden_states
+            or model_kwargs.get("inputs_embeds") is not None
+            # PEFT replaces this method of a model with learned tokens, and keeps one token of each later chunk.
+            or "prepare_inputs_for_generation" in vars(self)
+        )
         cache, mask = model_kwargs.get(CACHE_NAME), model_kwargs.get("attention_mask")
         if isinstance(cache, GrowingCache) and not in_one_piece:
             # Older versions of Transformers read a prompt in chunks only into an empty cache.
             is_long = mask is None or mask.shape[-1] - cache.get_seq_length() > PREFILL_CHUNK
             if is_long and generation_config.prefill_chunk_size is None:
                 generation_config.prefill_chunk_size = PREFILL_CHUNK
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Returns the inputs of a pass as in Transformers, with the cache as `past_key_values`.
+
+        PEFT looks for it there. It would put learned tokens before every new token if it found none.
+        """
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if CACHE_NAME in inputs:
+            inputs["past_key_values"] = inputs.pop(CACHE_NAME)
+        return inputs
 
     def init_continuous_batching(
         self,

@@ -206,6 +206,23 @@ def test_from_embeddings(model: AlibiGPTForCausalLM) -> None:
     assert torch.equal(found, greedy(model, prompt())[:, -NEW:])
 
 
+def test_learned_keys_instead_of_an_empty_cache(model: AlibiGPTForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PEFT does it: the method that prepares a pass is replaced, and finds the cache as `past_key_values`."""
+    learned, prepare = prompt(7), model.prepare_inputs_for_generation
+
+    def with_learned_keys(input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        # Without positions, they follow the keys.
+        inputs = {**prepare(input_ids, **kwargs), "attention_mask": None, "position_ids": None}
+        if not inputs["past_key_values"].get_seq_length():
+            assert inputs["input_ids"].shape == (1, 160)
+            inputs["past_key_values"] = model(learned, use_cache=True).past_key_values
+        return inputs
+
+    monkeypatch.setattr(model, "prepare_inputs_for_generation", with_learned_keys)
+    found = model.generate(prompt(), max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(found[:, 160:], greedy(model, torch.cat([learned, prompt()], 1))[:, 167:])
+
+
 def test_hidden_states_are_those_of_the_whole_prompt(model: AlibiGPTForCausalLM) -> None:
     output = model.generate(prompt(), max_new_tokens=2, output_hidden_states=True, return_dict_in_generate=True)
     assert output.hidden_states[0][-1].shape[:2] == (1, 160)
