@@ -41,6 +41,7 @@ from ..training.mixture import Mixture
 from ..training.monitor import no_bars_in_files
 from ..training.packing import pack
 from ..training.prepare import load_prepared
+from ..training.processes import end_together
 from ..training.resume import find_checkpoint
 from ..training.run_record import refuse_changes, run_arguments
 from ..training.stream import EndlessStream
@@ -196,6 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments=arguments,
         callbacks=watching_args.callbacks(),
     )
+    end_together()
 
 
 def check(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:

@@ -244,6 +244,8 @@ def test_bad_options(sources: list[str], tmp_path: Path, options: list[str], mes
 
 PROGRAM = """
 import json, os, sys
+from pathlib import Path
+import torch.distributed
 from hf_alibi.__main__ import main
 from hf_alibi.training.safe_trainer import SafeTrainer
 
@@ -260,6 +262,9 @@ def recorded(self, model, inputs, *args, **kwargs):
 
 SafeTrainer.training_step = recorded
 main(sys.argv[1:])
+# Every process waits for the last file of the first one, and closes its connections.
+assert Path(os.environ["ORDER"], "train_results.json").exists()
+assert not torch.distributed.is_initialized()
 """
 
 
