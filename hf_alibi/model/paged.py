@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from .attention import backend
 from .configuration_alibi_gpt import AlibiGPTConfig
@@ -56,9 +56,9 @@ def is_paged(cache: Any, arguments: dict[str, Any]) -> bool:
     """Whether a forward pass belongs to continuous batching: only this passes indices of pages to write to.
 
     Raises:
-        ValueError: If the cache is neither a paged one nor a `Cache` of Transformers.
+        ValueError: If the cache is neither a paged one nor a `Cache` of Transformers for a decoder.
     """
-    if cache is None or isinstance(cache, Cache):
+    if cache is None or (isinstance(cache, Cache) and not isinstance(cache, EncoderDecoderCache)):
         return False
     if "write_index" not in arguments:
         raise ValueError(

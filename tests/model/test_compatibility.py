@@ -14,7 +14,7 @@ import transformers
 from conftest import ModelFactory
 from tiny import tiny_tokenizer
 from torch import Tensor
-from transformers import DynamicCache, Trainer, TrainingArguments, pipeline
+from transformers import DynamicCache, EncoderDecoderCache, Trainer, TrainingArguments, pipeline
 from transformers.generation import GenerationMixin
 from transformers.generation import utils as generation_utils
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -66,12 +66,15 @@ def test_both_names_at_once_are_refused(make_model: ModelFactory) -> None:
             call(tokens(), **caches)
 
 
+OTHER_CACHES = [((torch.zeros(1, 6, 3, 16),) * 2,) * 2, EncoderDecoderCache(DynamicCache(), DynamicCache())]
+
+
 @BOTH_NAMES
-def test_a_cache_of_no_known_kind_is_refused_by_name(make_model: ModelFactory, name: str) -> None:
-    with pytest.raises(
-        ValueError, match="The cache is a tuple, which no attention backend can read; pass a DynamicCache"
-    ):
-        make_model()(tokens(), **{name: ((torch.zeros(1, 6, 3, 16),) * 2,) * 2})
+@pytest.mark.parametrize("other", OTHER_CACHES, ids=lambda other: type(other).__name__)
+def test_a_cache_of_no_known_kind_is_refused_by_name(make_model: ModelFactory, name: str, other: Any) -> None:
+    message = f"The cache is a {type(other).__name__}, which no attention backend can read; pass a DynamicCache"
+    with pytest.raises(ValueError, match=message):
+        make_model()(tokens(), **{name: other})
 
 
 def test_outputs_hold_the_cache_under_the_name_in_use(make_model: ModelFactory) -> None:
