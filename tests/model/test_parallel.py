@@ -39,6 +39,8 @@ for name, parameter in model.named_parameters():
     gradients[name] = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
 if dist.get_rank() == 0:
     save_file({"logits": logits, "generated": cached} | gradients, sys.argv[2])
+# The second process may abort when Python ends, which would stop the first one.
+dist.barrier()
 dist.destroy_process_group()
 """
 
@@ -96,6 +98,8 @@ for implementation in ("sdpa", "eager"):
     results[f"{implementation} generated"] = model.generate(input_ids[:, :50], max_new_tokens=5, do_sample=False)
 if dist.get_rank() == 0:
     save_file({name: value.contiguous() for name, value in results.items()}, sys.argv[2])
+# The second process may abort when Python ends, which would stop the first one.
+dist.barrier()
 dist.destroy_process_group()
 """
 
