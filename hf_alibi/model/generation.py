@@ -72,8 +72,8 @@ class AlibiGenerationMixin(GenerationMixin):
         in_one_piece = (
             generation_config.output_hidden_states
             or model_kwargs.get("inputs_embeds") is not None
-            # PEFT replaces this method of a model with learned tokens, and keeps one token of each later chunk.
-            or "prepare_inputs_for_generation" in vars(self)
+            # PEFT keeps one token of each later chunk.
+            or self._has_learned_tokens()
         )
         cache, mask = model_kwargs.get(CACHE_NAME), model_kwargs.get("attention_mask")
         if isinstance(cache, GrowingCache) and not in_one_piece:
@@ -84,14 +84,18 @@ class AlibiGenerationMixin(GenerationMixin):
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Returns the inputs of a pass as in Transformers, with the cache as `past_key_values`.
+        """Returns the inputs of a pass as in Transformers, for PEFT with the cache as `past_key_values`.
 
-        PEFT looks for it there. It would put learned tokens before every new token if it found none.
+        PEFT would put learned tokens before every new token if it did not find the cache under this name.
         """
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        if CACHE_NAME in inputs:
+        if self._has_learned_tokens() and CACHE_NAME in inputs:
             inputs["past_key_values"] = inputs.pop(CACHE_NAME)
         return inputs
+
+    def _has_learned_tokens(self) -> bool:
+        """Whether PEFT prepares the inputs of a pass: it replaces this method of a model with learned tokens."""
+        return "prepare_inputs_for_generation" in vars(self)
 
     def init_continuous_batching(
         self,
