@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DistributedConfig
 
 import hf_alibi.positions
+from hf_alibi.training.processes import end_together
 
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], distributed_config=DistributedConfig(tp_size=2))
 assert model.model.layers[0].self_attn.q_proj.weight.to_local().shape[0] == 48
@@ -39,9 +40,7 @@ for name, parameter in model.named_parameters():
     gradients[name] = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
 if dist.get_rank() == 0:
     save_file({"logits": logits, "generated": cached} | gradients, sys.argv[2])
-# The second process may abort when Python ends, which would stop the first one.
-dist.barrier()
-dist.destroy_process_group()
+end_together()
 """
 
 SHARDED = """
@@ -54,6 +53,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM
 
 import hf_alibi
+from hf_alibi.training.processes import end_together
 
 dist.init_process_group("gloo")
 assert dist.get_world_size() == 2
@@ -98,9 +98,7 @@ for implementation in ("sdpa", "eager"):
     results[f"{implementation} generated"] = model.generate(input_ids[:, :50], max_new_tokens=5, do_sample=False)
 if dist.get_rank() == 0:
     save_file({name: value.contiguous() for name, value in results.items()}, sys.argv[2])
-# The second process may abort when Python ends, which would stop the first one.
-dist.barrier()
-dist.destroy_process_group()
+end_together()
 """
 
 
